@@ -1,0 +1,137 @@
+"""What to erase: a `Concept`, written in Python or read from a TOML file."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+Kind = Literal["topic", "person", "character", "style", "attribute", "object"]
+
+
+def _no_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_no_blank)]
+
+
+class Personas(BaseModel):
+    """Prefixes under which the model writes as an expert in the concept and as one who has never met it (ELM)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    expert: tuple[Text, ...]
+    novice: tuple[Text, ...]
+
+
+class Concept(BaseModel):
+    """A concept to erase. Frozen; fields that a method does not use may stay empty.
+
+    name:         what it is called ("chemical elements").
+    kind:         topic, person, character, style, attribute or object.
+    description:  a noun phrase that says what belongs to it; persona prompts use it (default: the name).
+    synonyms:     other names of the same thing.
+    prompts:      short prompts that call it up.
+    texts:        texts about it (the forget corpus).
+    anchor:       what to show or say instead.
+    retain:       names of what must be kept.
+    retain_texts: texts about other things (the retain corpus).
+    classes:      for an attribute, its values with texts of each: {"female": [...], "male": [...]}.
+    personas:     expert and novice prefixes for ELM (default: general templates around the description).
+
+    A concept may be called by its name alone: `Concept("Van Gogh", kind="style")`.
+    Raises ValueError, in one sentence for each field that is wrong.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    kind: Kind = "topic"
+    description: str = ""
+    synonyms: tuple[Text, ...] = ()
+    prompts: tuple[Text, ...] = ()
+    texts: tuple[Text, ...] = ()
+    anchor: str | None = None
+    retain: tuple[Text, ...] = ()
+    retain_texts: tuple[Text, ...] = ()
+    classes: dict[Text, tuple[Text, ...]] = {}
+    personas: Personas | None = None
+
+    def __init__(self, name: str = "", **fields: Any) -> None:
+        try:
+            super().__init__(name=name, **fields)
+        except ValidationError as error:
+            raise ValueError(_explain(error, name or "a concept without a name")) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Concept:
+        mine = {name.casefold() for name in (self.name, *self.synonyms)}
+        if clash := sorted(name for name in self.retain if name.casefold() in mine):
+            raise ValueError(f"retain contains the concept itself: {clash}")
+        if clash := sorted(set(self.texts) & set(self.retain_texts)):
+            raise ValueError(f"{len(clash)} texts are in texts and in retain_texts, the first is {clash[0][:60]!r}")
+        if len(self.classes) == 1:
+            raise ValueError(f"classes needs at least two values, it has only {list(self.classes)}")
+        return self
+
+    @property
+    def about(self) -> str:
+        """The description, or the name where there is none."""
+        return self.description or self.name
+
+    @staticmethod
+    def load(path: str | Path) -> Concept:
+        """Read a concept from a TOML file.
+
+        Corpora may stand in JSONL files beside it, one {"text": ...} a line: `texts_file = "corpora/forget.jsonl"`
+        and `retain_texts_file`. A path that leaves the file's folder is refused.
+
+        Raises FileNotFoundError when a file is missing, ValueError when it is not TOML or not a concept.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no concept file {path}.")
+        try:
+            fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a TOML file: {error}.") from None
+        for key in ("texts", "retain_texts"):
+            if (name := fields.pop(f"{key}_file", None)) is not None:
+                fields[key] = [*fields.get(key, []), *_read_texts(path.parent, name)]
+        return Concept(**fields)
+
+
+def _read_texts(folder: Path, name: object) -> list[str]:
+    if not isinstance(name, str):
+        raise ValueError(f"The name of a corpus file must be a text, got {name!r}.")
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"The corpus file {name!r} lies outside the concept's folder.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no corpus file {path}.")
+    return [_read_text(line, path, number) for number, line in enumerate(path.open(encoding="utf-8"), 1)]
+
+
+def _read_text(line: str, path: Path, number: int) -> str:
+    try:
+        return json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f'{path}, line {number}: expected {{"text": ...}}, got {line.strip()[:60]!r}.') from None
+
+
+def _explain(error: ValidationError, name: str) -> str:
+    """One sentence a problem, with the fields that exist where an unknown one was given."""
+    problems = []
+    for problem in error.errors():
+        where = ".".join(map(str, problem["loc"])) or "the concept"
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"unknown field {where!r} (available: {', '.join(sorted(Concept.model_fields))})")
+        else:
+            problems.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
+    return f"Concept {name!r}: {'; '.join(problems)}."

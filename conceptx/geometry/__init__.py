@@ -1,0 +1,26 @@
+"""The geometry every method shares: tensors in, tensors out; float64 inside; torch only."""
+
+from conceptx.geometry.arrays import Array
+from conceptx.geometry.fantope import project_fantope, waterfill
+from conceptx.geometry.map import ConceptMap
+from conceptx.geometry.moments import Moments
+from conceptx.geometry.ridge import DenseMetric, Metric, RetainMetric, dual
+from conceptx.geometry.steer import steer
+from conceptx.geometry.subspace import Subspace
+from conceptx.geometry.whitening import shrink, whitening
+
+__all__ = [
+    "Array",
+    "ConceptMap",
+    "DenseMetric",
+    "Metric",
+    "Moments",
+    "RetainMetric",
+    "Subspace",
+    "dual",
+    "project_fantope",
+    "shrink",
+    "steer",
+    "waterfill",
+    "whitening",
+]
