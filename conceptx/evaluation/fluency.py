@@ -1,0 +1,73 @@
+"""Is what the edited model writes still language? Reverse perplexity of its generations (ELM, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from conceptx.edit import Edit
+from conceptx.evaluation.report import Report, Score
+from conceptx.models import LanguageModel
+
+
+def fluency(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    edit: Edit | None = None,
+    max_new_tokens: int = 40,
+    samples: int = 2,
+    seed: int = 0,
+) -> Report:
+    """Scores of sampled continuations of the prompts, with and (beside) without the edit.
+
+    reverse_perplexity: perplexity of the continuations under the un-edited model, given the prompt (low: seamless).
+    The paper uses another, larger model as the judge; here it is the model itself before the edit.
+    distinct_2: distinct pairs of neighbouring tokens in a continuation over all pairs; loops are fluent to a judge
+    and are seen here only (1: no pair twice).
+
+    samples: continuations of each prompt, drawn at temperature 1 from the 95 % most likely tokens.
+    Raises ValueError when there is no prompt.
+    """
+    if model.applied:
+        raise ValueError("An edit is in force on this model; undo it and give it as the argument edit.")
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    unedited = _generate(model, repeated, max_new_tokens, seed)
+    if edit is None:
+        return _score(model, repeated, unedited)
+    with edit.applied(model):
+        edited = _generate(model, repeated, max_new_tokens, seed)
+    return _score(model, repeated, edited).beside(_score(model, repeated, unedited))
+
+
+def _generate(model: LanguageModel, prompts: list[str], length: int, seed: int) -> list[str]:
+    options = {"seed": seed, "max_new_tokens": length, "min_new_tokens": length, "top_p": 0.95, "top_k": 0}
+    return model.generate(prompts, **options)  # type: ignore[arg-type]
+
+
+def _score(model: LanguageModel, prompts: list[str], continuations: list[str]) -> Report:
+    """Continuations of fewer than three tokens say nothing and are left out."""
+    starts = [len(row) for row in model.encode(prompts)]
+    wholes = model.encode([prompt + text for prompt, text in zip(prompts, continuations, strict=True)])
+    pairs = [(row, start) for row, start in zip(wholes, starts, strict=True) if len(row) > start + 2]
+    losses = -model.log_likelihoods([row for row, _ in pairs], [start for _, start in pairs])
+    variety = torch.tensor([_distinct(row[start:]) for row, start in pairs])
+    perplexity = float(losses.mean().exp())
+    return Report(
+        (
+            Score("fluency", "reverse_perplexity", perplexity, len(pairs), perplexity * _error(losses)),
+            Score("fluency", "distinct_2", float(variety.mean()), len(pairs), _error(variety)),
+        )
+    )
+
+
+def _distinct(tokens: Sequence[int]) -> float:
+    """Distinct pairs of neighbouring tokens over all pairs."""
+    pairs = list(pairwise(tokens))
+    return len(set(pairs)) / len(pairs)
+
+
+def _error(values: torch.Tensor) -> float:
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0

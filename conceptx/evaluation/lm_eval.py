@@ -1,0 +1,131 @@
+"""The bridge to lm-evaluation-harness: a model in memory, edited or not, on the library's tasks or its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conceptx.edit import Edit
+from conceptx.evaluation.report import Report, Score
+from conceptx.models import LanguageModel
+from conceptx.places import tasks_folder
+
+METRICS = ("acc", "exact_match", "word_perplexity")
+
+
+def evaluate(
+    model: LanguageModel,
+    tasks: Sequence[str],
+    *,
+    edit: Edit | None = None,
+    unedited: Report | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    include_path: str | Path | None = None,
+    defaults: bool = False,
+) -> Report:
+    """Score the model on tasks of lm-evaluation-harness; with an edit, apply it in memory and score both states.
+
+    tasks:        names of tasks, or of groups of tasks.
+    unedited:     scores of the un-edited model measured before; None: they are measured here when there is an edit.
+    limit:        only the first items of each task (a smoke test, not a result).
+    include_path: folder with task files; default, the library's own.  defaults: also the harness's own tasks.
+
+    Raises ValueError that names the tasks there are when one is unknown, ImportError when lm-eval is not installed.
+    """
+    names = _known(tasks, include_path, defaults)
+    if edit is None:
+        return _run(model, names, limit, batch_size, include_path, defaults)
+    if unedited is None:
+        unedited = _run(model, names, limit, batch_size, include_path, defaults)
+    with edit.applied(model):
+        return _run(model, names, limit, batch_size, include_path, defaults).beside(unedited)
+
+
+def available_tasks(include_path: str | Path | None = None) -> list[str]:
+    """Names of all tasks and groups in a folder."""
+    return sorted(_manager(include_path, defaults=False).all_tasks)
+
+
+def _manager(include_path: str | Path | None, defaults: bool) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ImportError("Evaluating language models needs lm-eval: pip install 'conceptx[eval]'.") from None
+    return TaskManager(include_path=str(include_path or tasks_folder() / "lm_eval"), include_defaults=defaults)
+
+
+def _known(tasks: Sequence[str], include_path: str | Path | None, defaults: bool) -> list[str]:
+    if not tasks:
+        raise ValueError("No task was given.")
+    known = set(_manager(include_path, defaults).all_tasks)
+    if missing := [task for task in tasks if task not in known]:
+        shown = sorted(known)[:40]
+        raise ValueError(f"Unknown tasks {missing}; available: {', '.join(shown)}{', ...' if len(known) > 40 else ''}.")
+    return list(dict.fromkeys(tasks))
+
+
+def _run(
+    model: LanguageModel,
+    tasks: list[str],
+    limit: int | None,
+    batch_size: int,
+    include_path: str | Path | None,
+    defaults: bool,
+) -> Report:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    harness = HFLM(
+        pretrained=model.module,
+        tokenizer=model.tokenizer,
+        batch_size=batch_size,
+        device=str(model.device),
+        max_length=min(1024, model.module.config.max_position_embeddings),
+    )
+    results = simple_evaluate(
+        model=harness,
+        tasks=tasks,
+        task_manager=_manager(include_path, defaults),
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
+    )
+    scores = [score for task, samples in results["samples"].items() for score in _scores(task, samples, results)]
+    return Report(tuple(scores), {"tasks": tasks, "limit": limit, "batch_size": batch_size})
+
+
+def _scores(task: str, samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Iterator[Score]:
+    """The task's main metric over all items, and over each part where items say whether they were seen."""
+    numbers = results["results"][task]
+    for metric in METRICS:
+        name = next((key for key in numbers if key.split(",")[0] == metric), None)
+        if name is None:
+            continue
+        if metric == "word_perplexity":
+            yield Score(task, metric, float(numbers[name]), len(samples))
+            continue
+        for part, chosen in _parts(samples).items():
+            yield _mean(task, metric, part, chosen)
+
+
+def _parts(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    parts = {"all": list(samples)}
+    for label, flag in (("seen", True), ("unseen", False)):
+        if chosen := [s for s in samples if s["doc"].get("seen") is flag]:
+            parts[label] = chosen
+    return parts if len(parts) == 3 else {"all": parts["all"]}
+
+
+def _mean(task: str, metric: str, part: str, samples: Sequence[Mapping[str, Any]]) -> Score:
+    values = [float(s[metric]) for s in samples]
+    n = len(values)
+    mean = sum(values) / n
+    error = (sum((v - mean) ** 2 for v in values) / (n * max(n - 1, 1))) ** 0.5
+    options = len(samples[0]["doc"].get("choices", ()))
+    chance = 1 / options if metric == "acc" and options else None
+    return Score(task, metric, mean, n, error, part, chance=chance)

@@ -1,0 +1,6 @@
+"""Thin wrappers around the user's own models."""
+
+from conceptx.models.base import Model, load, wrap
+from conceptx.models.language import LanguageModel, batches
+
+__all__ = ["LanguageModel", "Model", "batches", "load", "wrap"]

@@ -1,0 +1,332 @@
+"""`LanguageModel`: a thin wrapper around any causal language model of `transformers`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conceptx.edit import Dense, Edit, Fingerprint
+from conceptx.geometry import ConceptMap
+from conceptx.models.sites import Block, Site, block_of, block_sites
+from conceptx.store import replaced_folder
+
+
+class LanguageModel:
+    """The user's own model and tokenizer, with named sites and parameters in one orientation.
+
+    module:    the `transformers` model; it is never copied or replaced.
+    tokenizer: its tokenizer.
+    applied:   the edits in force, the latest last.
+
+    Raises ValueError when the architecture is unknown or the model is quantised.
+    """
+
+    def __init__(self, module: Any, tokenizer: Any) -> None:
+        self.block: Block = block_of(module.config.model_type)
+        if getattr(module.config, "quantization_config", None) is not None:
+            raise ValueError("The model is quantised; load it in float32, bfloat16 or float16 to edit it.")
+        self.module = module
+        self.tokenizer = tokenizer
+        self.applied: list[Any] = []
+
+    # -- what is there -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Taken before the first edit and kept. Tied weights count once."""
+        return Fingerprint.of(self.module.config.model_type, self.module.named_parameters())
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return len(self.module.get_submodule(self.block.layers))
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """Every site by name, from the first layer to the last."""
+        found = [site for layer in range(self.depth) for site in block_sites(self.block, layer)]
+        return {site.name: site for site in found}
+
+    def site(self, name: str) -> Site:
+        """The site of that name. Raises KeyError that names similar ones."""
+        if name not in self.sites:
+            raise KeyError(f"There is no site {name!r}; {_similar(name, self.sites)}.")
+        return self.sites[name]
+
+    def readers(self, site: str) -> tuple[str, ...]:
+        return self.site(site).readers
+
+    def width(self, site: str) -> int:
+        """The dimension of the activations at a site."""
+        readers = self.readers(site)
+        if readers:
+            return self.parameter_shape(f"{readers[0]}.weight")[1]
+        return int(self.module.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    # -- parameters, always (out, in) --------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The live parameter as a view in (out, in); None for a bias that a linear layer has not.
+
+        Raises KeyError that names similar parameters.
+        """
+        module, leaf = self._owner(name)
+        live = getattr(module, leaf)
+        return live if live is None else self._oriented(module, live.data)
+
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """The shape in (out, in), also of an absent bias."""
+        module, leaf = self._owner(name)
+        live = getattr(module, leaf)
+        return tuple(self._oriented(module, live).shape if live is not None else module.weight.shape[:1])
+
+    def add_bias(self, name: str, value: Tensor) -> None:
+        module, leaf = self._owner(name)
+        weight = module.weight
+        setattr(module, leaf, nn.Parameter(value.to(weight.device, weight.dtype), requires_grad=False))
+
+    def drop_bias(self, name: str) -> None:
+        module, leaf = self._owner(name)
+        setattr(module, leaf, None)
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = self.module.get_submodule(path)
+        except AttributeError:
+            module = None
+        known = module is not None and isinstance(getattr(module, leaf, None), nn.Parameter)
+        absent_bias = isinstance(module, nn.Linear) and leaf == "bias"
+        if not (known or absent_bias):
+            names = [n for n, _ in self.module.named_parameters()]
+            raise KeyError(f"There is no parameter {name!r}; {_similar(name, names)}.")
+        return module, leaf
+
+    @staticmethod
+    def _oriented(module: nn.Module, tensor: Tensor) -> Tensor:
+        """GPT-2's Conv1D stores (in, out)."""
+        return tensor.T if type(module).__name__ == "Conv1D" and tensor.ndim == 2 else tensor
+
+    # -- activations -------------------------------------------------------------------------------------------
+
+    def install(self, site: str, concept_map: ConceptMap) -> Any:
+        """Pass the activations of a site through the map until `.remove()` of what is returned."""
+        here = concept_map.to(self.device)
+        return self._hook(self.site(site), here)
+
+    def record(self, texts: Sequence[str], sites: Sequence[str], *, batch_size: int = 8) -> Iterator[dict[str, Tensor]]:
+        """Run the texts, a batch at a time; yields {site: (tokens, d)} with padding left out, in the texts' order.
+
+        The forward pass ends at the last of the sites. Raises ValueError for an empty list or text.
+        """
+        wanted = [self.site(name) for name in sites]
+        for batch in batches(self.encode(texts), batch_size):
+            ids, mask = self.pad(batch)
+            yield self._record(ids, mask, wanted)
+
+    @torch.no_grad()
+    def _record(self, ids: Tensor, mask: Tensor, sites: list[Site]) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Tensor], Tensor]:
+            def look(x: Tensor) -> Tensor:
+                seen[name] = x[mask.bool()]
+                if len(seen) == len(sites):
+                    raise _Enough
+                return x
+
+            return look
+
+        hooks = [self._hook(site, keep(site.name)) for site in sites]
+        try:
+            self.module(input_ids=ids, attention_mask=mask, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    def _hook(self, site: Site, function: Callable[[Tensor], Tensor]) -> Any:
+        module = self.module.get_submodule(site.module)
+        if site.side == "input":
+            return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+        return module.register_forward_hook(lambda _, __, out: _on_first(function, out))
+
+    # -- texts -------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each text, without special tokens. Raises ValueError for an empty list or text."""
+        if not len(texts):
+            raise ValueError("No text was given.")
+        if blank := [number for number, text in enumerate(texts) if not text.strip()]:
+            raise ValueError(f"{len(blank)} of {len(texts)} texts are blank, the first is number {blank[0]}.")
+        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [row[:max_length] for row in ids]
+
+    def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
+        """(ids, mask) of shape (rows, longest) on the model's device."""
+        longest = max(map(len, rows))
+        fill = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(rows), longest), fill)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for number, row in enumerate(rows):
+            place = slice(longest - len(row), None) if left else slice(0, len(row))
+            ids[number, place] = torch.tensor(row)
+            mask[number, place] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        prefix: Sequence[int] = (),
+        last: int | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """log p(next token) after each of the `last` tokens of every row (default: all), float32.
+
+        rows: token ids.  prefix: ids that come before every row; they are read once, not once a row.
+        Returns (rows, last, vocabulary), aligned at the end: [:, -1] is the prediction after a row's last token.
+        Entries before the beginning of a short row mean nothing.
+        """
+        ids, mask = self.pad(rows, left=True)
+        places = (mask.cumsum(1) - 1).clamp(min=0) + len(prefix)
+        cache = self._read(prefix, len(rows)) if len(prefix) else None
+        out = self.module(
+            input_ids=ids,
+            attention_mask=torch.cat([mask.new_ones(len(rows), len(prefix)), mask], 1),
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **({} if last is None else {"logits_to_keep": last}),
+        )
+        return (out.logits.float() / temperature).log_softmax(-1)
+
+    def log_likelihoods(
+        self, rows: Sequence[Sequence[int]], skip: Sequence[int], *, prefix: Sequence[int] = (), batch_size: int = 8
+    ) -> Tensor:
+        """Mean log p a token (n,) of every row after its first `skip` tokens (at least one), given the prefix.
+
+        Raises ValueError when nothing of a row is left.
+        """
+        if short := [n for n, (row, first) in enumerate(zip(rows, skip, strict=True)) if not 0 < first < len(row)]:
+            raise ValueError(f"Row {short[0]} has {len(rows[short[0]])} tokens, {skip[short[0]]} are to be skipped.")
+        means = []
+        for chunk in batches(range(len(rows)), batch_size):
+            log_p = self.predict([rows[i] for i in chunk], prefix=prefix)
+            for number, i in enumerate(chunk):
+                wanted = torch.tensor(rows[i][skip[i] :], device=log_p.device)
+                means.append(log_p[number, -len(wanted) - 1 : -1].gather(1, wanted[:, None]).mean())
+        return torch.stack(means).cpu()
+
+    def _read(self, prefix: Sequence[int], rows: int) -> Any:
+        """The keys and values of the prefix, repeated for every row."""
+        ids = torch.tensor([list(prefix)], device=self.device)
+        cache = self.module(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 40, seed: int | None = None, **options: Any
+    ) -> list[str]:
+        """Continuations of the prompts: greedy, or sampled when a seed is given. Options go to `transformers`."""
+        ids, mask = self.pad(self.encode(prompts), left=True)
+        for handle in self.applied:
+            options = {**handle.edit.generation, **options}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            if seed is not None:
+                torch.manual_seed(seed)
+            out = self.module.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=seed is not None,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
+                **options,
+            )
+        return self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+    # -- the edited model as an ordinary checkpoint ------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, edit: Edit) -> None:
+        """Write the model with the edit merged into its weights, for plain `transformers`; the model itself stays.
+
+        Maps are folded first. Raises ValueError when a map cannot be folded or the architecture has no place for a
+        bias that folding needs; then nothing is written.
+        """
+        folded = edit.fold(self)
+        if folded.maps:
+            raise ValueError(f"The maps at {sorted(folded.maps)[:3]} cannot be folded into weights.")
+        switches, zeros = self._bias_room(folded)
+        complete = replace(folded, deltas={**folded.deltas, **zeros})
+        with replaced_folder(Path(folder)) as temporary, complete.applied(self), _set(self.module.config, switches):
+            self.module.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+
+    def _bias_room(self, edit: Edit) -> tuple[dict[str, bool], dict[str, Dense]]:
+        """The configuration switches that make room for the edit's new biases, and zeros for the others they bring."""
+        new = {name for name in edit.deltas if self.parameter(name) is None}
+        switches: dict[str, bool] = {}
+        zeros: dict[str, Dense] = {}
+        for switch, modules in self.block.bias_switches().items():
+            inside = {f"{self.block.layers}.{n}.{module}.bias" for n in range(self.depth) for module in modules}
+            if not new & inside:
+                continue
+            if not hasattr(self.module.config, switch):
+                kind = self.module.config.model_type
+                raise ValueError(
+                    f"{kind} has no place for the bias {min(new & inside)}; erase with a zero mean instead."
+                )
+            switches[switch] = True
+            absent = (name for name in sorted(inside - new) if self.parameter(name) is None)
+            zeros |= {name: Dense(torch.zeros(self.parameter_shape(name))) for name in absent}
+        return switches, zeros
+
+
+@contextmanager
+def _set(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes set for the length of a block."""
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+class _Enough(Exception):
+    """Ends a forward pass once everything asked for has been seen."""
+
+
+def _on_first(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """Some layers give a tuple whose first entry is the activation."""
+    return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    return f"similar: {', '.join(near)}" if near else f"available: {', '.join(known[:5])}, ..."
+
+
+def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive slices of at most `size` rows."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

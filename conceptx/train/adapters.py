@@ -1,0 +1,76 @@
+"""LoRA adapters through peft, put into a language model for the length of a training and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from conceptx.edit import LowRank
+from conceptx.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: its rank and scaling numerator, its dropout, and the modules it sits on."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    modules: tuple[str, ...]
+
+
+def linear_modules(model: LanguageModel, layers: tuple[int, int]) -> tuple[str, ...]:
+    """Paths of all linear layers in the blocks layers[0] .. layers[1] - 1.
+
+    Raises ValueError when the range is empty or leaves the model.
+    """
+    first, end = layers
+    if not 0 <= first < end <= model.depth:
+        raise ValueError(f"The layers {first}..{end - 1} are not a range inside the model's {model.depth} layers.")
+    block = model.block
+    inside = (*block.attention_reads, block.attention_writes, *block.mlp_reads, block.mlp_writes)
+    return tuple(f"{block.layers}.{layer}.{module}" for layer in range(first, end) for module in inside)
+
+
+@contextmanager
+def inserted(model: LanguageModel, adapter: Adapter, seed: int) -> Iterator[Any]:
+    """The peft model with a fresh adapter on the user's model; on exit the model is as it was, bit for bit."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(adapter.modules),
+        fan_in_fan_out=model.module.config.model_type == "gpt2",
+    )
+    wanted_gradient = [(p, p.requires_grad) for p in model.module.parameters()]
+    training = model.module.training
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student = get_peft_model(model.module, config)
+    try:
+        yield student
+    finally:
+        student.unload()
+        for parameter, flag in wanted_gradient:
+            parameter.requires_grad_(flag)
+        model.module.train(training)
+
+
+def low_rank_deltas(student: Any, adapter: Adapter) -> dict[str, LowRank]:
+    """The trained adapter as weight changes by parameter name, scaling inside `up`."""
+    scaling = adapter.alpha / adapter.rank
+    layers = {path: student.base_model.model.get_submodule(path) for path in adapter.modules}
+    return {
+        f"{path}.weight": LowRank(_weight(layer.lora_B).double().mul(scaling).float(), _weight(layer.lora_A).clone())
+        for path, layer in layers.items()
+    }
+
+
+def _weight(pair: Any) -> torch.Tensor:
+    return pair["default"].weight.detach().float().cpu()

@@ -1,0 +1,135 @@
+"""The only optimisation loop: AdamW, progress, checkpoints, resume, devices and processes through accelerate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from conceptx.progress import report
+from conceptx.store import load_tensors, save_tensors
+
+logger = logging.getLogger("conceptx")
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to optimise. A step's data must be a function of its number alone, so that a resumed run is the same run.
+
+    run:        identifies settings, data and seed; a checkpoint of another run is refused.
+    checkpoint: a safetensors file, written every `checkpoint_every` steps and after the last; None: none.
+    """
+
+    steps: int
+    learning_rate: float
+    seed: int
+    run: str
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    checkpoint: Path | None = None
+    checkpoint_every: int = 50
+
+
+def train(
+    student: nn.Module,
+    parts_of: Callable[[int], Sequence[Part]],
+    loss_of: Callable[[Any, Part], Tensor],
+    plan: Plan,
+    accelerator: Any,
+) -> None:
+    """Minimise, step by step, the sum of `loss_of(student, part)` over the parts of a step.
+
+    With several processes each computes its own share of every part and the gradients are averaged.
+    Raises ValueError when the checkpoint belongs to another run, FloatingPointError when the loss is not finite.
+    """
+    named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW([p for _, p in named], lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    start = _resume(plan, named, optimiser)
+    prepared = accelerator.prepare_model(student)
+    prepared.train()
+    for step in range(start, plan.steps):
+        loss = _step(prepared, parts_of(step), loss_of, plan, step, accelerator)
+        if plan.gradient_clip:
+            accelerator.clip_grad_norm_([p for _, p in named], plan.gradient_clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        report("training", step + 1, plan.steps, f"loss {loss:.3f}")
+        if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
+            _checkpoint(plan, named, optimiser, step + 1, accelerator)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+
+
+def _step(
+    student: Any,
+    parts: Sequence[Part],
+    loss_of: Callable[[Any, Part], Tensor],
+    plan: Plan,
+    step: int,
+    accelerator: Any,
+) -> float:
+    """Accumulate the gradients of one step; processes exchange them once, with the last part."""
+    total = 0.0
+    cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(_mix(plan.seed, step, accelerator.process_index))
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else accelerator.no_sync(student):
+                loss = loss_of(student, part)
+                accelerator.backward(loss)
+            total += float(loss.detach())
+    if total != total or total in (float("inf"), float("-inf")):
+        raise FloatingPointError(f"The loss is not finite at step {step}; lower the learning rate or the guidance.")
+    return total
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return seed
+
+
+def _resume(plan: Plan, named: Sequence[tuple[str, nn.Parameter]], optimiser: torch.optim.Optimizer) -> int:
+    """Load the checkpoint, if there is one, and return the number of steps done."""
+    if plan.checkpoint is None or not plan.checkpoint.is_file():
+        return 0
+    tensors = load_tensors(plan.checkpoint)
+    run = bytes(tensors.pop("run").tolist()).decode()
+    if run != plan.run:
+        raise ValueError(f"{plan.checkpoint} is the checkpoint of another run; delete it or write somewhere else.")
+    done = int(tensors.pop("step"))
+    with torch.no_grad():
+        for name, parameter in named:
+            parameter.copy_(tensors[f"parameter:{name}"])
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(done)),
+                "exp_avg": tensors[f"exp_avg:{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq:{name}"].to(parameter.device),
+            }
+    logger.info("resumed %s at step %d of %d", plan.checkpoint, done, plan.steps)
+    return done
+
+
+def _checkpoint(
+    plan: Plan,
+    named: Sequence[tuple[str, nn.Parameter]],
+    optimiser: torch.optim.Optimizer,
+    done: int,
+    accelerator: Any,
+) -> None:
+    if plan.checkpoint is None or not accelerator.is_main_process:
+        return
+    tensors = {"run": torch.tensor(list(plan.run.encode()), dtype=torch.uint8), "step": torch.tensor(done)}
+    for name, parameter in named:
+        state = optimiser.state[parameter]
+        tensors[f"parameter:{name}"] = parameter
+        tensors |= {f"{key}:{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+    save_tensors(plan.checkpoint, tensors)
