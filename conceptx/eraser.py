@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from conceptx.concept import Concept
@@ -25,6 +26,24 @@ class Eraser(ABC):
     @abstractmethod
     def erase(self, model: Any, concept: Concept, *, seed: int = 0) -> Edit:
         """The edit that takes the concept out of the model; the model itself stays bit for bit as it is."""
+
+    @classmethod
+    @final
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The eraser with settings from JSON or TOML, checked and converted (a list becomes a tuple, and so on).
+
+        Raises ValueError that names the settings there are when one is unknown or of the wrong kind.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
+        try:
+            return TypeAdapter(cls).validate_python(dict(settings))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+            raise ValueError(f"{cls.__name__}{' ' + where if where else ''}: {message}.") from None
 
 
 class VectorEraser(Eraser):

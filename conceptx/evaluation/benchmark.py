@@ -76,12 +76,13 @@ class Benchmark(BaseModel):
         return Report.joined([report, fluency(model, self.prompts, edit=edit)]) if self.prompts else report
 
     def summary(self, report: Report, *, half: str = "test") -> Report:
-        """One score for each role: the mean over its items."""
+        """One score for each role of which the report has tasks: the mean over their items."""
         suffix = "_dev" if half == "dev" else ""
         rows = []
         for role in ("target", "open", "near", "general"):
-            if names := set(getattr(self, role + suffix)):
-                rows.append(_pooled(role, [s for s in report.scores if s.task in names and s.part == "all"]))
+            names = set(getattr(self, role + suffix))
+            if scores := [s for s in report.scores if s.task in names and s.part == "all"]:
+                rows.append(_pooled(role, scores))
         return Report(tuple(rows))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from conceptx.edit import Edit
 from conceptx.evaluation.report import Report, Score
 from conceptx.models import LanguageModel
 from conceptx.places import tasks_folder
+from conceptx.progress import track
 
 METRICS = ("acc", "exact_match", "word_perplexity")
 
@@ -75,28 +78,44 @@ def _run(
     include_path: str | Path | None,
     defaults: bool,
 ) -> Report:
+    """One task after the other, so that progress can be told; the harness's own bars go nowhere."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness = HFLM(
-        pretrained=model.module,
-        tokenizer=model.tokenizer,
-        batch_size=batch_size,
-        device=str(model.device),
-        max_length=min(1024, model.module.config.max_position_embeddings),
-    )
-    results = simple_evaluate(
-        model=harness,
-        tasks=tasks,
-        task_manager=_manager(include_path, defaults),
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=True,
-        verbosity="ERROR",
-    )
-    scores = [score for task, samples in results["samples"].items() for score in _scores(task, samples, results)]
+    manager = _manager(include_path, defaults)
+    longest = min(1024, model.module.config.max_position_embeddings)
+    scores: list[Score] = []
+    for task in track(tasks, "lm-eval tasks"):
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), _level("lm_eval", logging.ERROR):
+            harness = HFLM(
+                pretrained=model.module,
+                tokenizer=model.tokenizer,
+                batch_size=batch_size,
+                device=str(model.device),
+                max_length=longest,
+            )
+            results = simple_evaluate(
+                model=harness,
+                tasks=[task],
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        scores += [score for name, samples in results["samples"].items() for score in _scores(name, samples, results)]
     return Report(tuple(scores), {"tasks": tasks, "limit": limit, "batch_size": batch_size})
+
+
+@contextmanager
+def _level(name: str, level: int) -> Iterator[None]:
+    """A logger at another level for the length of a block."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _scores(task: str, samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Iterator[Score]:

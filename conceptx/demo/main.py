@@ -1,0 +1,58 @@
+"""`conceptx demo`: the library's main job on real input, from weights and data that installed packages bring."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from conceptx.demo import language, word_vectors
+from conceptx.models import load
+from conceptx.progress import shown
+
+
+def run(out: Path, threads: int = 0) -> None:
+    """Erase chemical elements from SmolLM2-135M and gender from word2vec; print tables, save edit and pictures."""
+    console = Console()
+    if threads:
+        torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    console.print("[bold]conceptx demo[/bold]: two erasures on real input, no network, no GPU\n")
+    started = time.monotonic()
+    _language(console, out)
+    _vectors(console, out)
+    console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Next: `conceptx --help`, README.md.")
+
+
+def _language(console: Console, out: Path) -> None:
+    dtype = language.fast_dtype()
+    console.print(f"1. Erase [bold]the chemical elements[/bold] from SmolLM2-135M-Instruct ({dtype}) by ELM")
+    with shown():
+        model = load("smollm2", dtype=dtype)
+        result = language.erase_concept(model, checkpoint=out / "checkpoint")
+    console.print(
+        f"   The model follows the personas: a token of a text on the concept is {-result.gap.forget:.2f} nats less "
+        f"likely to the novice than to the expert, of another text {-result.gap.retain:.2f}.\n"
+        if result.gap.visible
+        else "   The model hardly follows the personas.\n"
+    )
+    console.print(result.report.table("Scores of lm-evaluation-harness, before and after"))
+    console.print(language.answers_table(result))
+    result.edit.save(out / "no-elements")
+    result.edit.export_peft(out / "no-elements-lora", model)
+    result.report.save(out / "no-elements-report.json")
+    console.print(f"   Saved: {out / 'no-elements'} (the edit), {out / 'no-elements-lora'} (for plain peft)\n")
+
+
+def _vectors(console: Console, out: Path) -> None:
+    console.print("2. Erase [bold]gender[/bold] from word2vec (26,423 x 300) by five methods")
+    with shown():
+        report = word_vectors.debias()
+        pictures = word_vectors.draw(report, out)
+    for table in word_vectors.tables(report):
+        console.print(table)
+    console.print("   Promised is that no [italic]linear[/italic] probe reads the concept; the RBF-SVM still does.")
+    console.print(f"   Pictures: {', '.join(str(p) for p in pictures)}")
