@@ -52,7 +52,8 @@ def _score(model: LanguageModel, prompts: list[str], continuations: list[str]) -
     starts = [len(row) for row in model.encode(prompts)]
     wholes = model.encode([prompt + text for prompt, text in zip(prompts, continuations, strict=True)])
     pairs = [(row, start) for row, start in zip(wholes, starts, strict=True) if len(row) > start + 2]
-    losses = -model.log_likelihoods([row for row, _ in pairs], [start for _, start in pairs])
+    scored = model.log_likelihoods([row for row, _ in pairs], [start for _, start in pairs])
+    losses = torch.stack([-tokens.mean() for tokens in scored])
     variety = torch.tensor([_distinct(row[start:]) for row, start in pairs])
     perplexity = float(losses.mean().exp())
     return Report(
