@@ -103,7 +103,9 @@ class Concept(BaseModel):
             raise ValueError(f"{path} is not a TOML file: {error}.") from None
         for key in ("texts", "retain_texts"):
             if (name := fields.pop(f"{key}_file", None)) is not None:
-                fields[key] = [*fields.get(key, []), *_read_texts(path.parent, name)]
+                if not isinstance(mine := fields.get(key, []), list):
+                    raise ValueError(f"{path}: {key} must be a list of texts, got {mine!r}.")
+                fields[key] = [*mine, *_read_texts(path.parent, name)]
         return Concept(**fields)
 
 
@@ -115,7 +117,12 @@ def _read_texts(folder: Path, name: object) -> list[str]:
         raise ValueError(f"The corpus file {name!r} lies outside the concept's folder.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no corpus file {path}.")
-    return [_read_text(line, path, number) for number, line in enumerate(path.open(encoding="utf-8"), 1)]
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 file: {error}.") from None
+    return [_read_text(line, path, number) for number, line in enumerate(lines, 1)]
 
 
 def _read_text(line: str, path: Path, number: int) -> str:

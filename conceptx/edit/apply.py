@@ -87,7 +87,7 @@ def _changes(edit: Edit, model: Host) -> Iterator[Callable[[], Any]]:
 def _change_parameter(model: Host, name: str, delta: Delta) -> Callable[[], Any]:
     live = model.parameter(name)
     if live is None:
-        model.add_bias(name, delta.added_to(torch.zeros(model.parameter_shape(name))))
+        model.add_bias(name, delta.added_to(torch.zeros(model.parameter_shape(name), dtype=torch.float64)))
         return lambda: model.drop_bias(name)
     before = live.clone()
     live.copy_(delta.added_to(live))

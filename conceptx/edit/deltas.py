@@ -93,7 +93,7 @@ class Rows:
         finite(self.change, "change")
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == 2 and shape[1] == self.change.shape[1] and int(self.index.max()) < shape[0]
+        return len(shape) == 2 and shape[1] == self.change.shape[1] and bool((self.index < shape[0]).all())
 
     def added_to(self, weight: Tensor) -> Tensor:
         """The weight with the rows changed."""
@@ -128,7 +128,7 @@ def combine(first: Delta, second: Delta, shape: tuple[int, ...] | None = None) -
     shape = shape or (first.shape if not isinstance(first, Rows) else second.shape)  # type: ignore[union-attr]
     if not (first.fits(shape) and second.fits(shape)):
         raise ValueError(f"The deltas do not both fit a parameter of shape {shape}.")
-    return Dense(second.added_to(first.added_to(torch.zeros(shape))))
+    return Dense(second.added_to(first.added_to(torch.zeros(shape, dtype=torch.float64))))
 
 
 def as_low_rank(delta: Delta, rows: int) -> LowRank | None:

@@ -39,10 +39,11 @@ def _pairs(edit: Edit, model: Host) -> dict[str, LowRank]:
         )
     pairs = {}
     for name, delta in edit.deltas.items():
-        pair = as_low_rank(delta, model.parameter_shape(name)[0]) if name.endswith(".weight") else None
+        pair = as_low_rank(delta, model.parameter_shape(name)[0]) if model.takes_adapter(name) else None
         if pair is None:
             raise ValueError(
-                f"The change of {name} is no low-rank change of a weight, which is all a LoRA adapter holds."
+                f"The change of {name} is no low-rank change of an untied linear layer, "
+                "which is all a LoRA adapter holds; save the merged model instead."
             )
         pairs[name.removesuffix(".weight")] = pair
     if not pairs:

@@ -37,6 +37,9 @@ class Host(Protocol):
 
     def parameter_shape(self, name: str) -> tuple[int, ...]: ...
 
+    def takes_adapter(self, name: str) -> bool:
+        """Whether the parameter is the weight of a linear layer that shares it with no other module."""
+
     def add_bias(self, name: str, value: Tensor) -> None: ...
 
     def drop_bias(self, name: str) -> None: ...
@@ -70,7 +73,7 @@ class Fingerprint:
 
     def mismatch(self, other: Fingerprint) -> str | None:
         """Why the other model is not this one, or None when it is."""
-        if self.structure != other.structure:
+        if self.structure != other.structure or self.samples.shape != other.samples.shape:
             return "its architecture or parameter shapes differ"
         gap = (self.samples - other.samples).abs()
         different = gap > ROUNDING * self.samples.abs() + 1e-6

@@ -44,8 +44,12 @@ class Benchmark(BaseModel):
             raise FileNotFoundError(f"There is no benchmark file {path}.")
         try:
             return Benchmark(**tomllib.loads(path.read_text(encoding="utf-8")))
-        except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a benchmark: {error}.") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"{path} is not a benchmark: {where}: {problem['msg']}.") from None
 
     def tasks(self, *, half: str = "test") -> list[str]:
         """All task names of one half of the questions: "test" or "dev"."""

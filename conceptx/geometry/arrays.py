@@ -19,7 +19,7 @@ def working_dtype(device: torch.device) -> torch.dtype:
 
 def to_working(x: Array | list) -> Tensor:
     """`x` as a tensor in the working dtype, on its own device."""
-    tensor = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    tensor = x if isinstance(x, Tensor) else torch.as_tensor(np.require(x, requirements="W"))  # no read-only views
     return tensor.detach().to(working_dtype(tensor.device))
 
 

@@ -14,30 +14,50 @@ from torch import Tensor
 class DenseMetric:
     """A symmetric positive semi-definite metric G (d, d), for example a covariance.
 
-    `solve` is a Cholesky solve; where G is singular to working precision it is the pseudo-inverse, with
-    eigenvalues up to lambda_max * d * epsilon taken as zero.
+    The diagonal is scaled to one first, so a coordinate in small units counts as much as any other. Then G is
+    factorised by Cholesky or, where it is singular to working precision, by its eigenvalues above
+    lambda_max * d * epsilon; `solve` is then a generalised inverse: exact on the range of G, zero off it.
     """
 
     matrix: Float[Tensor, "d d"]
 
     def solve(self, columns: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
-        """G^-1 columns (G^+ columns where G is singular)."""
+        """G^-1 columns (G^- columns where G is singular)."""
+        scaled = columns / self._scale[:, None]
         factor = self._cholesky
-        return self._pseudo_solve(columns) if factor is None else torch.cholesky_solve(columns, factor)
+        solved = self._root @ (self._root.T @ scaled) if factor is None else torch.cholesky_solve(scaled, factor)
+        return solved / self._scale[:, None]
+
+    def whiten(self, columns: Float[Tensor, "d n"]) -> Float[Tensor, "r n"]:
+        """Coordinates in which G is the identity: whiten(a)' whiten(b) = a' G^-1 b; r = rank G."""
+        scaled = columns / self._scale[:, None]
+        factor = self._cholesky
+        return self._root.T @ scaled if factor is None else torch.linalg.solve_triangular(factor, scaled, upper=False)
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        roots = self.matrix.diagonal().clamp(min=0).sqrt()
+        return torch.where(roots > 0, roots, 1)
+
+    @cached_property
+    def _unit(self) -> Tensor:
+        """G with its diagonal scaled to one."""
+        return self.matrix / torch.outer(self._scale, self._scale)
 
     @cached_property
     def _cholesky(self) -> Tensor | None:
-        factor, info = torch.linalg.cholesky_ex(self.matrix)
+        factor, info = torch.linalg.cholesky_ex(self._unit)
         diagonal = factor.diagonal()
-        floor = self.matrix.shape[0] * torch.finfo(self.matrix.dtype).eps
+        floor = torch.finfo(self.matrix.dtype).eps ** 0.75  # 2e-12; pivots of a singular matrix can round to 1e-15
         well_conditioned = info == 0 and (diagonal.min() / diagonal.max()) ** 2 > floor
         return factor if well_conditioned else None
 
-    def _pseudo_solve(self, columns: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(self.matrix)
+    @cached_property
+    def _root(self) -> Tensor:
+        """R (d, r) with R R' the pseudo-inverse of the scaled G."""
+        values, vectors = torch.linalg.eigh(self._unit)
         kept = values > eigenvalue_floor(values)
-        vectors = vectors[:, kept]
-        return vectors @ ((vectors.T @ columns) / values[kept, None])
+        return vectors[:, kept] / values[kept].sqrt()
 
 
 @dataclass(frozen=True, eq=False)

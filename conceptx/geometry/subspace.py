@@ -39,7 +39,9 @@ class Subspace:
             )
         for name in ("basis", "dual", "mean"):
             finite(getattr(self, name), name)
-        off = float((self.dual @ self.basis - torch.eye(k, dtype=self.basis.dtype, device=self.basis.device)).abs().max())
+        off = float(
+            (self.dual @ self.basis - torch.eye(k, dtype=self.basis.dtype, device=self.basis.device)).abs().max()
+        )
         if off > 1e-5:  # far above rounding, also for ill-conditioned covariances
             raise ValueError(f"The dual is not a dual of the basis: L K differs from I by {off:.1e}.")
 

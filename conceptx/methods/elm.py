@@ -63,6 +63,8 @@ class ELM(Eraser):
     eta:               strength of the target (paper: 500; authors' command: 1000).  ramp: it grows linearly from 1 to
                        eta over the positions of a text (authors' code; absent from the paper).
     temperature, top_k: of the target (authors' code; top_k None: the full vocabulary).
+    support:           whose top_k tokens the target keeps: its own ("target", authors' code), or the model's ("model",
+                       ours): then eta chooses among tokens that are likely anyway and does not amplify the tail.
     erase_weight, retain_weight, fluency_weight: lambda 1, 2, 3 of eq. 10.
     retain_targets:    "soft" (paper) or "hard", the model's own most likely token (authors' code).
     fluency_guidance:  strength while sampling and scoring fluency texts; None: eta (paper); 3 in the authors' code.
@@ -85,6 +87,7 @@ class ELM(Eraser):
     ramp: bool = True
     temperature: float = 1.2
     top_k: int | None = 50
+    support: Literal["target", "model"] = "target"
     erase_weight: float = 1.0  # λ₁
     retain_weight: float = 1.0  # λ₂
     fluency_weight: float = 1.0  # λ₃
@@ -263,7 +266,14 @@ class Teacher:
         if ramp:
             for number, text in enumerate(texts):
                 strength[number, -len(text) :, 0] = torch.linspace(1, eta, len(text))
-        return steer(base, expert, [novice], [strength])
+        return self._supported(steer(base, expert, [novice], [strength]), base)
+
+    def _supported(self, scores: Tensor, base: Tensor) -> Tensor:
+        """The scores, -inf outside the model's own most likely tokens where the settings say so."""
+        if self.settings.support == "target":
+            return scores
+        likely = base.topk(self._kept).indices
+        return torch.full_like(scores, -torch.inf).scatter(-1, likely, scores.gather(-1, likely))
 
     def _personas(self, chunk: Sequence[int]) -> tuple[list[int], list[int]]:
         """The expert and the novice prefix of a chunk, drawn by its first row."""
@@ -312,7 +322,7 @@ class Teacher:
 
     def _draw(self, logits: Tensor, guidance: float, generator: torch.Generator) -> Tensor:
         base, expert, novice = (logits / self.settings.temperature).log_softmax(-1).chunk(3)
-        scores = steer(base, expert, [novice], [guidance])
+        scores = self._supported(steer(base, expert, [novice], [guidance]), base)
         if (end := self.model.tokenizer.eos_token_id) is not None:
             scores[:, end] = -torch.inf
         values, indices = scores.topk(self._kept)
@@ -336,14 +346,16 @@ class Teacher:
 
 @dataclass(frozen=True)
 class PersonaGap:
-    """How much less likely a text is to the novice than to the expert: mean of log p_novice - log p_expert a token.
+    """How much less likely a text is to the novice than to the expert: log p_novice - log p_expert of its tokens.
 
-    forget, retain: of the concept's texts and of the others.  error: standard error of their difference.
+    forget, retain: mean over the concept's texts and over the others.  error: standard error of their difference.
+    size: mean absolute value on the concept's texts; the target's step away from the model is eta times this.
     """
 
     forget: float
     retain: float
     error: float
+    size: float
 
     @property
     def visible(self) -> bool:
@@ -355,14 +367,13 @@ def persona_gap(model: LanguageModel, concept: Concept, *, texts: int = 24, seed
     """Measure, before any training, whether the model follows the personas (spec section 5)."""
     personas = personas_of(concept)
     draw = random.Random(seed)
-    gaps = []
-    for corpus in (concept.texts, concept.retain_texts):
-        encoded = model.encode(draw.sample(corpus, min(texts, len(corpus))), max_length=48)
-        rows = [row for row in encoded if len(row) > 1]
-        novice, expert = (_likelihoods(model, rows, prefixes) for prefixes in (personas.novice, personas.expert))
-        gaps.append(novice - expert)
-    error = sum(float(g.var()) / len(g) for g in gaps if len(g) > 1) ** 0.5
-    return PersonaGap(float(gaps[0].mean()), float(gaps[1].mean()), error)
+    forget, retain = (
+        _gaps(model, draw.sample(corpus, min(texts, len(corpus))), personas)
+        for corpus in (concept.texts, concept.retain_texts)
+    )
+    means = [torch.stack([gap.mean() for gap in gaps]) for gaps in (forget, retain)]
+    error = sum(float(mean.var()) / len(mean) for mean in means if len(mean) > 1) ** 0.5
+    return PersonaGap(float(means[0].mean()), float(means[1].mean()), error, float(torch.cat(forget).abs().mean()))
 
 
 def personas_of(concept: Concept) -> Personas:
@@ -378,15 +389,21 @@ def encode_prefixes(model: LanguageModel, prefixes: Sequence[str]) -> Rows:
     return model.encode([prefix.rstrip() + "\n" for prefix in prefixes])
 
 
-def _likelihoods(model: LanguageModel, rows: Rows, prefixes: Sequence[str]) -> Tensor:
-    """Mean log-likelihood a token of every row but its first token, each under one of the prefixes in turn."""
+def _gaps(model: LanguageModel, texts: Sequence[str], personas: Personas) -> list[Tensor]:
+    """log p_novice - log p_expert of the tokens of each text but its first, under each pair of prefixes in turn."""
+    rows = [row for row in model.encode(texts, max_length=48) if len(row) > 1]
+    novice, expert = (_likelihoods(model, rows, prefixes) for prefixes in (personas.novice, personas.expert))
+    return [a - b for a, b in zip(novice, expert, strict=True)]
+
+
+def _likelihoods(model: LanguageModel, rows: Rows, prefixes: Sequence[str]) -> list[Tensor]:
     heads = encode_prefixes(model, prefixes)
-    means = torch.zeros(len(rows))
+    found: dict[int, Tensor] = {}
     for number, head in enumerate(heads):
-        mine = rows[number :: len(heads)]
-        if mine:
-            means[number :: len(heads)] = model.log_likelihoods(mine, [1] * len(mine), prefix=head)
-    return means
+        mine = range(number, len(rows), len(heads))
+        scored = model.log_likelihoods([rows[i] for i in mine], [1] * len(mine), prefix=head)
+        found |= dict(zip(mine, scored, strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def _warn_about_personas(model: LanguageModel, concept: Concept, seed: int) -> None:

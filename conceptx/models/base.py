@@ -32,8 +32,10 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") ->
     """A language model from a local folder, from a hub by its name, or "smollm2" from its installed package.
 
     dtype: default as in the checkpoint. No code that comes with a checkpoint is ever run.
-    Raises FileNotFoundError that says what a name can be, when there is no such folder and the hub does not answer.
+    Raises FileNotFoundError that says what a name can be, when there is no such folder and the hub does not answer,
+    ValueError for a device that is not there.
     """
+    _check_device(device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from conceptx.testbeds import smollm2
@@ -53,3 +55,10 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") ->
             f"No model {name!r}: give a local folder, a hub name, or {smollm2.NAME!r} ({reason})"
         ) from None
     return wrap(model.to(device).eval(), tokenizer)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises both
+        raise ValueError(f"The device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None

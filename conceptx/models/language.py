@@ -114,6 +114,13 @@ class LanguageModel:
             raise KeyError(f"There is no parameter {name!r}; {_similar(name, names)}.")
         return module, leaf
 
+    def takes_adapter(self, name: str) -> bool:
+        """Whether the parameter is the weight of a linear layer that shares it with no other module."""
+        module, leaf = self._owner(name)
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        every = self.module.named_parameters(remove_duplicate=False)
+        return linear and leaf == "weight" and sum(p is module.weight for _, p in every) == 1
+
     @staticmethod
     def _oriented(module: nn.Module, tensor: Tensor) -> Tensor:
         """GPT-2's Conv1D stores (in, out)."""
@@ -151,7 +158,8 @@ class LanguageModel:
 
         hooks = [self._hook(site, keep(site.name)) for site in sites]
         try:
-            self.module(input_ids=ids, attention_mask=mask, use_cache=False)
+            with evaluating(self.module):
+                self.module(input_ids=ids, attention_mask=mask, use_cache=False)
         except _Enough:
             pass
         finally:
@@ -203,42 +211,52 @@ class LanguageModel:
         Returns (rows, last, vocabulary), aligned at the end: [:, -1] is the prediction after a row's last token.
         Entries before the beginning of a short row mean nothing.
         """
+        if len(prefix) and self._slides(len(prefix) + max(map(len, rows))):  # a window would count the padding between
+            last = last or max(map(len, rows))
+            rows, prefix = [[*prefix, *row] for row in rows], ()
         ids, mask = self.pad(rows, left=True)
         places = (mask.cumsum(1) - 1).clamp(min=0) + len(prefix)
         cache = self._read(prefix, len(rows)) if len(prefix) else None
-        out = self.module(
-            input_ids=ids,
-            attention_mask=torch.cat([mask.new_ones(len(rows), len(prefix)), mask], 1),
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **({} if last is None else {"logits_to_keep": last}),
-        )
+        with evaluating(self.module):
+            out = self.module(
+                input_ids=ids,
+                attention_mask=torch.cat([mask.new_ones(len(rows), len(prefix)), mask], 1),
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **({} if last is None else {"logits_to_keep": last}),
+            )
         return (out.logits.float() / temperature).log_softmax(-1)
 
     def log_likelihoods(
         self, rows: Sequence[Sequence[int]], skip: Sequence[int], *, prefix: Sequence[int] = (), batch_size: int = 8
-    ) -> Tensor:
-        """Mean log p a token (n,) of every row after its first `skip` tokens (at least one), given the prefix.
+    ) -> list[Tensor]:
+        """log p of every token of every row after its first `skip` tokens (at least one), given the prefix.
 
         Raises ValueError when nothing of a row is left.
         """
         if short := [n for n, (row, first) in enumerate(zip(rows, skip, strict=True)) if not 0 < first < len(row)]:
             raise ValueError(f"Row {short[0]} has {len(rows[short[0]])} tokens, {skip[short[0]]} are to be skipped.")
-        means = []
+        found = []
         for chunk in batches(range(len(rows)), batch_size):
             log_p = self.predict([rows[i] for i in chunk], prefix=prefix)
             for number, i in enumerate(chunk):
                 wanted = torch.tensor(rows[i][skip[i] :], device=log_p.device)
-                means.append(log_p[number, -len(wanted) - 1 : -1].gather(1, wanted[:, None]).mean())
-        return torch.stack(means).cpu()
+                found.append(log_p[number, -len(wanted) - 1 : -1].gather(1, wanted[:, None])[:, 0].cpu())
+        return found
 
     def _read(self, prefix: Sequence[int], rows: int) -> Any:
         """The keys and values of the prefix, repeated for every row."""
         ids = torch.tensor([list(prefix)], device=self.device)
-        cache = self.module(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        with evaluating(self.module):
+            cache = self.module(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(rows)
         return cache
+
+    def _slides(self, tokens: int) -> bool:
+        """Whether some layer does not see all of that many tokens."""
+        window = getattr(self.module.config, "sliding_window", None)
+        return window is not None and tokens > window
 
     @torch.no_grad()
     def generate(
@@ -248,7 +266,8 @@ class LanguageModel:
         ids, mask = self.pad(self.encode(prompts), left=True)
         for handle in self.applied:
             options = {**handle.edit.generation, **options}
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), evaluating(self.module):
             if seed is not None:
                 torch.manual_seed(seed)
             out = self.module.generate(
@@ -288,13 +307,14 @@ class LanguageModel:
             if not new & inside:
                 continue
             if not hasattr(self.module.config, switch):
-                kind = self.module.config.model_type
-                raise ValueError(
-                    f"{kind} has no place for the bias {min(new & inside)}; erase with a zero mean instead."
-                )
+                continue
             switches[switch] = True
             absent = (name for name in sorted(inside - new) if self.parameter(name) is None)
             zeros |= {name: Dense(torch.zeros(self.parameter_shape(name))) for name in absent}
+            new -= inside
+        if new:
+            kind = self.module.config.model_type
+            raise ValueError(f"{kind} has no place for the bias {min(new)}; erase with a zero mean instead.")
         return switches, zeros
 
 
@@ -309,6 +329,18 @@ def _set(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout for the length of a block; on exit every submodule is in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class _Enough(Exception):

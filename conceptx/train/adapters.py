@@ -49,7 +49,7 @@ def inserted(model: LanguageModel, adapter: Adapter, seed: int) -> Iterator[Any]
         fan_in_fan_out=model.module.config.model_type == "gpt2",
     )
     wanted_gradient = [(p, p.requires_grad) for p in model.module.parameters()]
-    training = model.module.training
+    training = [(module, module.training) for module in model.module.modules()]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = get_peft_model(model.module, config)
@@ -59,7 +59,8 @@ def inserted(model: LanguageModel, adapter: Adapter, seed: int) -> Iterator[Any]
         student.unload()
         for parameter, flag in wanted_gradient:
             parameter.requires_grad_(flag)
-        model.module.train(training)
+        for module, mode in training:
+            module.training = mode
 
 
 def low_rank_deltas(student: Any, adapter: Adapter) -> dict[str, LowRank]:

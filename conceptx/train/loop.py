@@ -101,7 +101,7 @@ def _resume(plan: Plan, named: Sequence[tuple[str, nn.Parameter]], optimiser: to
     """Load the checkpoint, if there is one, and return the number of steps done."""
     if plan.checkpoint is None or not plan.checkpoint.is_file():
         return 0
-    tensors = load_tensors(plan.checkpoint)
+    tensors = load_tensors(plan.checkpoint, expected=("run", "step"))
     run = bytes(tensors.pop("run").tolist()).decode()
     if run != plan.run:
         raise ValueError(f"{plan.checkpoint} is the checkpoint of another run; delete it or write somewhere else.")

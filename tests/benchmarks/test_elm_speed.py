@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.published_elm import published_loop
 
 from conceptx.concept import Concept
 from conceptx.demo.language import fast_dtype, recipe
 from conceptx.models import LanguageModel, load
 from conceptx.places import tasks_folder
-from tests.benchmarks.published_elm import published_loop
 
 pytestmark = pytest.mark.benchmark
 

@@ -1,0 +1,41 @@
+"""Random subspaces, metrics and points for the geometry tests, drawn by Hypothesis."""
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conceptx.geometry import DenseMetric, Subspace
+
+settings.register_profile("geometry", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("geometry")
+
+# Identities of float64 products of up to 12 x 12 matrices with entries and condition numbers of order 10 to 1e3:
+# 1e-16 times the condition number times the length of the sums leaves three digits of room.
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(seed: int, d: int) -> Tensor:
+    factor = random(seed, d, 2 * d)
+    return factor @ factor.T / (2 * d)
+
+
+def make(seed: int, d: int, k: int, oblique: bool) -> Subspace:
+    basis, mean = random(seed, d, k), random(seed + 1, d)
+    if oblique:
+        return Subspace.oblique(basis, DenseMetric(covariance(seed + 2, d)), mean)
+    return Subspace.orthogonal(basis, mean)
+
+
+@st.composite
+def subspaces(draw: st.DrawFn, *, proper: bool = True) -> Subspace:
+    d = draw(st.integers(2, 12))
+    k = draw(st.integers(1, d - 1 if proper else d))
+    return make(draw(st.integers(0, 10_000)), d, k, draw(st.booleans()))
+
+
+seeds = st.integers(0, 10_000)

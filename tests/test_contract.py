@@ -1,0 +1,174 @@
+"""What every method passes for free (design, section 6): all methods on every family that they accept."""
+
+import dataclasses
+import json
+import re
+from functools import cache
+
+import pytest
+import torch
+from hosts import ALL, GARDEN, METALS, logits, same, state, tiny
+
+from conceptx import Concept, Edit, methods
+from conceptx.capabilities import capabilities
+from conceptx.eraser import labelled_states
+
+pytestmark = pytest.mark.filterwarnings("ignore:The personas do not tell")  # a random model follows no persona
+
+CONCEPT = Concept("metals", texts=METALS, retain_texts=GARDEN)
+# What makes a method quick on a tiny model; everything else as published.
+QUICK = {
+    "ELM": {
+        "layers": (0, 3), "steps": 24, "batch_size": 6, "learning_rate": 3e-3, "eta": 20.0, "dropout": 0.0,
+        "fluency_weight": 0.0, "max_tokens": 24,
+    },
+    "INLP": {"rounds": 4},
+}  # fmt: skip
+FEWER = {"ELM": {"steps": 1, "batch_size": 2}}  # where the effect does not matter
+TEXT = sorted(row.name for row in capabilities() if "LanguageModel" in row.hosts)
+VECTOR = sorted(row.name for row in capabilities() if "vectors" in row.hosts)
+TWO = ["llama", "gpt2"]
+every = pytest.mark.parametrize("name", TEXT)
+on_two = pytest.mark.parametrize("kind", TWO)
+
+
+def method(name, fewer=True):
+    return getattr(methods, name)(**(QUICK.get(name, {}) | (FEWER.get(name, {}) if fewer else {})))
+
+
+def erased(model, name, seed=0, fewer=True):
+    """At two sites of the last layer for the vector methods: the contract is about the way, not the number of sites."""
+    where = {"sites": ["layers.2.attention_input", "layers.2.mlp_input"]} if name in VECTOR else {}
+    return method(name, fewer).erase(model, CONCEPT, seed=seed, **where)
+
+
+@cache
+def edit_for(name, kind, dtype=torch.float32, fewer=True):
+    return erased(tiny(kind, dtype), name, fewer=fewer)
+
+
+def tensors(edit):
+    from conceptx.edit.files import _tensors
+
+    return _tensors(edit)
+
+
+def test_the_capability_table_names_every_method():
+    assert [row.name for row in capabilities()] == methods.__all__ and set(TEXT) | set(VECTOR) == set(methods.__all__)
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_1_constructs_without_arguments_and_settings_survive_json(name):
+    eraser = getattr(methods, name)
+    for settings in (eraser(), eraser(**QUICK.get(name, {}))):
+        assert eraser.from_settings(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        eraser().anything = 1
+
+
+@every
+@pytest.mark.parametrize("kind", ALL)
+def test_2_3_4_the_host_stays_every_name_resolves_and_undo_is_exact(kind, name):
+    model = tiny(kind)
+    before, said, random_state = state(model), logits(model), torch.get_rng_state()
+    edit = erased(model, name)
+    assert same(before, state(model)) and torch.equal(said, logits(model)) and not model.applied
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(model.width(site) == m.dim for site, maps in edit.maps.items() for m in maps)
+    assert all(delta.fits(model.parameter_shape(parameter)) for parameter, delta in edit.deltas.items())
+    with edit.applied(model):
+        assert (logits(model) - said).abs().max() > 1e-3
+    assert same(before, state(model)) and torch.equal(said, logits(model))
+
+
+@every
+@on_two
+def test_5_saved_and_loaded_says_the_same(kind, name, tmp_path):
+    model, edit = tiny(kind), edit_for(name, kind)
+    edit.save(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    loaded = Edit.load(tmp_path)
+    with edit.applied(model):
+        wanted = logits(model)
+    with loaded.applied(model):
+        assert torch.equal(logits(model), wanted)
+    (record,) = loaded.provenance
+    assert (record["method"], record["concept"], record["seed"]) == (name, "metals", 0)
+    assert type(method(name)).from_settings(record["settings"]) == method(name)
+
+
+@every
+@on_two
+def test_6_the_same_seed_gives_the_same_edit(kind, name):
+    torch.manual_seed(99)
+    assert same(tensors(erased(tiny(kind), name)), tensors(edit_for(name, kind)))
+
+
+def separation(states, labels):
+    """The distance of the two class means in units of the spread along it (Fisher's criterion)."""
+    metals, garden = states[labels == 1], states[labels == 0]
+    between = metals.mean(0) - garden.mean(0)
+    along = [group @ (between / between.norm()) for group in (metals, garden)]
+    return float(between.norm() / torch.stack([a.std() for a in along]).mean())
+
+
+@pytest.mark.parametrize("name", VECTOR)
+@on_two
+def test_7_the_two_kinds_of_text_come_closer(kind, name):
+    model, site = tiny(kind), "layers.2.mlp_input"
+    texts, labels = [*GARDEN, *METALS], [0] * len(GARDEN) + [1] * len(METALS)
+    before = separation(*labelled_states(model, texts, labels, site))
+    with edit_for(name, kind).applied(model):
+        after = separation(*labelled_states(model, texts, labels, site))
+    assert after < 0.8 * before
+
+
+@on_two
+def test_7_elm_moves_the_concepts_texts_more_than_the_retained(kind):
+    model = tiny(kind)
+
+    def moved(texts):
+        rows = model.encode(texts)
+        with torch.no_grad():
+            before, after = model.predict(rows), None
+            with edit_for("ELM", kind, fewer=False).applied(model):
+                after = model.predict(rows)
+        divergence = (before.exp() * (before - after)).sum(-1)  # nats at each position
+        return torch.cat([d[-len(row) :] for d, row in zip(divergence, rows, strict=True)]).mean()
+
+    assert moved(METALS) > 1.5 * moved(GARDEN)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_two
+def test_8_no_nan_in_either_precision(kind, dtype, name):
+    model = tiny(kind, dtype)
+    edit = edit_for(name, kind, dtype)
+    assert all(bool(t.isfinite().all()) for t in tensors(edit).values())
+    with edit.applied(model):
+        assert bool(logits(model).isfinite().all()) and logits(model).dtype == dtype
+
+
+@pytest.mark.parametrize("row", capabilities(), ids=lambda row: row.name)
+def test_9_the_docstring_names_its_paper_and_every_setting(row):
+    eraser = getattr(methods, row.name)
+    assert re.search(r"arXiv \d{4}\.\d{5}", eraser.__doc__)
+    assert re.search(r"(Eq|eqs?\.|Theorem|Algorithm|§)", eraser.__doc__)
+    assert all(re.search(rf"\b{f.name}\b", eraser.__doc__) for f in dataclasses.fields(eraser))
+    assert row.source.endswith((".", "…")) and len(row.source) < 160
+
+
+@every
+@on_two
+def test_10_a_wrong_input_is_one_clear_error_before_anything_changes(kind, name):
+    model, other = tiny(kind), tiny(kind, seed=1)
+    before = state(model)
+    for concept in (Concept("metals"), Concept("metals", texts=METALS), Concept("metals", retain_texts=GARDEN)):
+        with pytest.raises(ValueError, match="Concept 'metals' needs|needs the concept's"):
+            method(name).erase(model, concept)
+    with pytest.raises(ValueError, match="made for another model"):
+        edit_for(name, kind).apply(other)
+    with pytest.raises(ValueError, match=f"{name} has no setting nothing; it has"):
+        type(method(name)).from_settings({"nothing": 1})
+    assert same(before, state(model)) and not model.applied and same(state(other), state(tiny(kind, seed=1)))
