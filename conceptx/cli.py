@@ -24,7 +24,7 @@ app = typer.Typer(
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub name, or smollm2.")]
 DTypeName = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto (as in the checkpoint).")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one.")]
 
 
 @app.command()
@@ -57,7 +57,7 @@ def erase(
         Path | None, typer.Option(help="Also write the merged model for plain transformers here.")
     ] = None,
     dtype: DTypeName = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Make an edit that takes a concept out of a model, and save it.
 
@@ -99,7 +99,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task: a smoke test.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
     dtype: DTypeName = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Score a model with lm-evaluation-harness; with --edit, before and after.
 
@@ -194,6 +194,8 @@ def _load(model: str, dtype: str, device: str) -> LanguageModel:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
     if dtype not in dtypes:
         raise ValueError(f"Unknown dtype {dtype!r}; available: {', '.join(dtypes)}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     _quiet()
     return load(model, dtype=dtypes[dtype], device=device)
 
@@ -217,7 +219,7 @@ def main() -> None:
     """Run the command line; what a user can mend is one sentence, not a traceback."""
     try:
         app()
-    except (ValueError, KeyError, FileNotFoundError, ImportError) as error:
+    except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) else error
         typer.secho(f"conceptx: {text}", fg="red", err=True)
         sys.exit(2)

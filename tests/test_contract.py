@@ -1,6 +1,7 @@
 """What every method passes for free (design, section 6): all methods on every family that they accept."""
 
 import dataclasses
+import inspect
 import json
 import re
 from functools import cache
@@ -19,10 +20,11 @@ CONCEPT = Concept("metals", texts=METALS, retain_texts=GARDEN)
 # What makes a method quick on a tiny model; everything else as published.
 QUICK = {
     "ELM": {
-        "layers": (0, 3), "steps": 24, "batch_size": 6, "learning_rate": 3e-3, "eta": 20.0, "dropout": 0.0,
+        "layers": (0, 3), "steps": 40, "batch_size": 6, "learning_rate": 3e-3, "eta": 20.0, "dropout": 0.0,
         "fluency_weight": 0.0, "max_tokens": 24,
     },
     "INLP": {"rounds": 4},
+    "PCADirections": {"rank": 8},  # one component promises nothing
 }  # fmt: skip
 FEWER = {"ELM": {"steps": 1, "batch_size": 2}}  # where the effect does not matter
 TEXT = sorted(row.name for row in capabilities() if "LanguageModel" in row.hosts)
@@ -153,8 +155,9 @@ def test_8_no_nan_in_either_precision(kind, dtype, name):
 @pytest.mark.parametrize("row", capabilities(), ids=lambda row: row.name)
 def test_9_the_docstring_names_its_paper_and_every_setting(row):
     eraser = getattr(methods, row.name)
-    assert re.search(r"arXiv \d{4}\.\d{5}", eraser.__doc__)
-    assert re.search(r"(Eq|eqs?\.|Theorem|Algorithm|§)", eraser.__doc__)
+    text = inspect.getmodule(eraser).__doc__ + eraser.__doc__
+    assert re.search(r"arXiv \d{4}\.\d{5}", text)
+    assert re.search(r"(Eq|eqs?\.|Theorem|Algorithm|§)", text)
     assert all(re.search(rf"\b{f.name}\b", eraser.__doc__) for f in dataclasses.fields(eraser))
     assert row.source.endswith((".", "…")) and len(row.source) < 160
 
@@ -165,7 +168,7 @@ def test_10_a_wrong_input_is_one_clear_error_before_anything_changes(kind, name)
     model, other = tiny(kind), tiny(kind, seed=1)
     before = state(model)
     for concept in (Concept("metals"), Concept("metals", texts=METALS), Concept("metals", retain_texts=GARDEN)):
-        with pytest.raises(ValueError, match="Concept 'metals' needs|needs the concept's"):
+        with pytest.raises(ValueError, match=r"Concept 'metals' needs|needs the concept's"):
             method(name).erase(model, concept)
     with pytest.raises(ValueError, match="made for another model"):
         edit_for(name, kind).apply(other)

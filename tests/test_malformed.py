@@ -104,7 +104,8 @@ CASES = {
         lambda w: w.concept('name = "x"\ntexts_file = "../secret.jsonl"'), ValueError, "outside the concept's folder"),
     "corpus: missing": (
         lambda w: w.concept('name = "x"\ntexts_file = "no.jsonl"'), FileNotFoundError, "no corpus file"),
-    "corpus: name is a number": (lambda w: w.concept('name = "x"\ntexts_file = 3'), ValueError, "must be a text, got 3"),
+    "corpus: name is a number": (lambda w: w.concept('name = "x"\ntexts_file = 3'),
+        ValueError, "must be a text, got 3"),
     "corpus: broken line": (
         lambda w: w.concept('name = "x"\ntexts_file = "a.jsonl"', a='{"text": "ok"}\n{"text": '),
         ValueError, "a.jsonl, line 2: expected"),
@@ -139,7 +140,8 @@ CASES = {
         ValueError, r"lacks the tensors \['basis', 'dual', 'mean'\]"),
     # the model
     "model: an unknown site": (
-        lambda w: LEACE().erase(w.model, METALS_CONCEPT, sites=["layers.0.mlp"]), KeyError, "no site 'layers.0.mlp'; sim"),
+        lambda w: LEACE().erase(w.model, METALS_CONCEPT, sites=["layers.0.mlp"]),
+        KeyError, "no site 'layers.0.mlp'; sim"),
     "model: no site": (lambda w: LEACE().erase(w.model, METALS_CONCEPT, sites=[]), ValueError, "No site was given"),
     "model: concept without labels": (
         lambda w: LEACE().erase(w.model, Concept("x", texts=METALS)), ValueError, "needs classes, or texts and retain"),
@@ -162,9 +164,11 @@ CASES = {
     "edit: another architecture": (
         lambda w: Edit(tiny("gpt2").fingerprint).fold(w.model), ValueError, "architecture or parameter shapes differ"),
     "edit: wrong delta shape": (
-        lambda w: w.edit(deltas={UP: Dense(torch.ones(32, 48))}).apply(w.model), ValueError, r"not fit its shape \(48, 32\)"),
+        lambda w: w.edit(deltas={UP: Dense(torch.ones(32, 48))}).apply(w.model),
+        ValueError, r"not fit its shape \(48, 32\)"),
     "edit: row out of range": (
-        lambda w: w.edit(deltas={UP: Rows(torch.tensor([48]), torch.ones(1, 32))}).apply(w.model), ValueError, "not fit"),
+        lambda w: w.edit(deltas={UP: Rows(torch.tensor([48]), torch.ones(1, 32))}).apply(w.model),
+        ValueError, "not fit"),
     "edit: row twice": (lambda w: Rows(torch.tensor([1, 1]), torch.ones(2, 3)), ValueError, "may appear once"),
     "edit: pair that does not fit": (lambda w: LowRank(torch.ones(3, 2), torch.ones(1, 3)), ValueError, "do not fit"),
     "edit: NaN": (lambda w: Dense(torch.tensor([1.0, float("nan")])), ValueError, "change has 1 NaN or infinite"),
@@ -175,7 +179,8 @@ CASES = {
     "edit: unknown site": (lambda w: apply_map(w, "layers.7.output"), KeyError, "no site 'layers.7.output'"),
     "edit: map of another width": (lambda w: apply_map(w, d=31), ValueError, "dimension 31, the site has 32"),
     "edit: unknown gate": (
-        lambda w: ConceptMap(torch.ones(2, 1), torch.ones(1, 2), torch.ones(2), "step"), ValueError, "Unknown gate 'step'"),
+        lambda w: ConceptMap(torch.ones(2, 1), torch.ones(1, 2), torch.ones(2), "step"),
+        ValueError, "Unknown gate 'step'"),
     "edit: stacked on another": (
         lambda w: w.edit() + Edit(tiny(seed=1).fingerprint), ValueError, "different models cannot be stacked"),
     "edit: no folder": (lambda w: Edit.load(w.folder / "no"), FileNotFoundError, "holds no edit"),
@@ -199,14 +204,17 @@ CASES = {
         lambda w: w.edit(maps={"layers.1.output": (Subspace.orthogonal(torch.eye(32)[:, :1]).removal(),)}).export_peft(
             w.folder / "lora", w.model), ValueError, "fold it first"),
     # settings and the command line
-    "settings: unknown": (lambda w: RLACE.from_settings({"ranks": 2}), ValueError, "no setting ranks; it has rank, start"),
+    "settings: unknown": (lambda w: RLACE.from_settings({"ranks": 2}),
+        ValueError, "no setting ranks; it has rank, start"),
     "settings: wrong type": (lambda w: RLACE.from_settings({"rank": "two"}), ValueError, "RLACE rank: .*integer"),
     "settings: wrong choice": (
         lambda w: ELM.from_settings({"retain_targets": "firm"}), ValueError, "ELM retain_targets: .*'soft' or 'hard'"),
     "settings: wrong length": (lambda w: ELM.from_settings({"layers": [1]}), ValueError, r"ELM layers\.1: "),
     "settings: not positive": (lambda w: ELM.from_settings({"rank": 0}), ValueError, "ELM: rank must be positive"),
-    "command: unknown method": (lambda w: command(w, method="lace"), ValueError, "Unknown method 'lace'; available: elm"),
-    "command: unknown dtype": (lambda w: command(w, dtype="int8"), ValueError, "Unknown dtype 'int8'; available: float32"),
+    "command: unknown method": (lambda w: command(w, method="lace"),
+        ValueError, "Unknown method 'lace'; available: elm"),
+    "command: unknown dtype": (lambda w: command(w, dtype="int8"),
+        ValueError, "Unknown dtype 'int8'; available: float32"),
     "command: unknown model folder": (lambda w: command(w, model="./no"), FileNotFoundError, "no model folder ./no"),
     "command: no recipe": (lambda w: command(w, recipe=w.folder / "no.toml"), FileNotFoundError, "There is no recipe"),
     "command: broken recipe": (
@@ -222,11 +230,13 @@ CASES = {
     "command: unknown half": (lambda w: score(w, tasks="a", half="train"), ValueError, "test or dev, got 'train'"),
     "benchmark: no file": (lambda w: Benchmark.load(w.folder / "b.toml"), FileNotFoundError, "no benchmark file"),
     "benchmark: bad TOML": (lambda w: Benchmark.load(w.file("b.toml", "=")), ValueError, "is not a benchmark"),
-    "benchmark: no target": (lambda w: Benchmark.load(w.file("b.toml")), ValueError, "not a benchmark: target: Field req"),
+    "benchmark: no target": (lambda w: Benchmark.load(w.file("b.toml")),
+        ValueError, "not a benchmark: target: Field req"),
     "benchmark: unknown field": (
         lambda w: Benchmark.load(w.file("b.toml", 'target = ["a"]\nsize = 3')), ValueError, "not a benchmark: size: "),
     "benchmark: prompt of the corpus": (
-        lambda w: Benchmark(target=("a",), prompts=(METALS[0],)).run(w.model, METALS_CONCEPT), ValueError, "are texts of"),
+        lambda w: Benchmark(target=("a",), prompts=(METALS[0],)).run(w.model, METALS_CONCEPT),
+        ValueError, "are texts of"),
     "report: broken": (lambda w: Report.load(w.file("r.json", "{}")), ValueError, "is not a report"),
 }  # fmt: skip
 

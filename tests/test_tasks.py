@@ -171,11 +171,9 @@ def test_lm_eval_finds_every_task_of_every_benchmark(manager) -> None:
 
 
 def test_lm_eval_loads_from_any_directory(manager, monkeypatch, tmp_path) -> None:
-    from lm_eval.tasks import get_task_dict
-
     monkeypatch.chdir(tmp_path)
     names = ["cx_star_wars", "cx_capitals_open_dev", "cx_perplexity"]
-    loaded = get_task_dict(names, manager)
+    loaded = manager.load(names)["tasks"]
     assert [len(list(loaded[name].test_docs())) for name in names] == [
         len(rows(name)) for name in ("cx_star_wars", "cx_capitals_dev", "cx_perplexity")
     ]

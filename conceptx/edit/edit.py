@@ -61,6 +61,7 @@ class Edit:
 
     def __mul__(self, strength: float) -> Edit:
         """The edit with every change multiplied by `strength` (1: as made; 0: nothing; 0.5: half of it)."""
+        strength = float(strength)
         return replace(
             self,
             maps={site: tuple(m * strength for m in maps) for site, maps in self.maps.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -78,12 +79,20 @@ class ConceptMap:
         )
 
     def commutes_with(self, other: ConceptMap, tolerance: float = 1e-9) -> bool:
-        """Whether applying the two in either order gives the same result up to rounding.
+        """Whether applying the two in either order gives the same result, up to rounding.
 
-        For affine maps T1 T2 - T2 T1 vanishes when each writes only what the other does not read.
+        With a gate that is not affine, only maps that write nothing the other reads are known to commute.
         """
-        crossings = ((self.read, other.write), (other.read, self.write))
-        return all(_overlap(read, write) <= tolerance for read, write in crossings)
+        here = other.to(self.write.device)
+        mine, theirs = here.read @ self.write, self.read @ here.write  # what each writes into the other's coordinates
+        if not (self.affine and here.affine):
+            return max(_size(mine), _size(theirs)) <= tolerance * _size(self.read, here.write, here.read, self.write)
+        # T1 T2 x - T2 T1 x = D1 (L1 D2) L2 (x - mu2) - D2 (L2 D1) L1 (x - mu1)
+        writes = torch.cat([self.write @ theirs, -here.write @ mine], 1)
+        reads = torch.cat([here.read, self.read])
+        constant = writes @ torch.cat([here.read @ here.mean, self.read @ self.mean])
+        linear = torch.linalg.qr(writes).R @ torch.linalg.qr(reads.T).R.T
+        return max(_size(linear), _size(constant)) <= tolerance * max(_size(writes, reads), 1)
 
     def factors(self, weight: Float[Tensor, "out d"]) -> tuple[Tensor, Tensor, Tensor]:
         """(W D, L, -W D L mu): the LoRA pair and bias shift by which a layer y = W x + b absorbs the map.
@@ -110,7 +119,6 @@ def to_working_with_grad(x: Array) -> Tensor:
     return x.to(working_dtype(x.device)) if isinstance(x, Tensor) else to_working(x)
 
 
-def _overlap(read: Tensor, write: Tensor) -> float:
-    scale = float(torch.linalg.matrix_norm(read) * torch.linalg.matrix_norm(write))
-    product = float(torch.linalg.matrix_norm(read @ write.to(read.device, read.dtype)))
-    return product / scale if scale else 0.0
+def _size(*tensors: Tensor) -> float:
+    """The product of the Frobenius norms."""
+    return math.prod(float(torch.linalg.vector_norm(t)) for t in tensors)

@@ -6,23 +6,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptx.geometry import Moments
-
 # Correlations up to this are rounding: 1e-16 amplified by the root of the worst condition number that a Cholesky
 # factor is accepted at (1e6 to 1e7), with a margin. A real correlation in n rows is about 1 / sqrt(n) or more.
 ROUNDING = 1e-8
 
 
-def label_directions(moments: Moments) -> Float[Tensor, "d k"]:
+def standardise(
+    cross: Float[Tensor, "d k"], variances: Float[Tensor, " k"], means: Float[Tensor, " k"]
+) -> Float[Tensor, "d k"]:
     """Sigma_xz with every label column standardised, so that a rare label counts as much as a frequent one.
 
     For classes the columns span the differences of the class means. Raises ValueError when no label varies.
     """
-    deviations = (moments.scatter_zz.diagonal() / max(moments.count - 1, 1)).sqrt()
-    varies = deviations > 1e-13 * moments.mean_z.abs()  # a constant column has rounding, 1e-16 of its value
+    deviations = variances.sqrt()
+    varies = deviations > 1e-13 * means.abs()  # a constant column has rounding, 1e-16 of its value
     if not bool(varies.any()):
         raise ValueError("The labels are the same in every row; a concept needs rows that differ.")
-    return moments.cross_covariance[:, varies] / deviations[varies]
+    return cross[:, varies] / deviations[varies]
 
 
 def independent(columns: Float[Tensor, "d k"], scaled: Float[Tensor, "r k"]) -> Float[Tensor, "d m"]:
@@ -38,8 +38,10 @@ def independent(columns: Float[Tensor, "d k"], scaled: Float[Tensor, "r k"]) -> 
     return columns @ (right[kept].T / singular[kept])
 
 
-def mean_directions(moments: Moments) -> Float[Tensor, "d m"]:
+def mean_directions(x: Float[Tensor, "n d"], labels: Float[Tensor, "n k"]) -> Float[Tensor, "d m"]:
     """Independent directions that span the differences of the class means (Sigma_xz for continuous labels)."""
-    columns = label_directions(moments)
-    deviations = moments.covariance.diagonal().sqrt()[:, None]
+    centred, mean = x - x.mean(0), labels.mean(0)
+    offsets = labels - mean
+    columns = standardise(centred.T @ offsets / len(x), offsets.square().mean(0), mean)
+    deviations = centred.square().mean(0).sqrt()[:, None]
     return independent(columns, torch.where(deviations > 0, columns / deviations, 0))  # correlations

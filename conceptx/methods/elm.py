@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from conceptx.concept import Concept, Personas
 from conceptx.edit import Edit
 from conceptx.eraser import Eraser, provenance
 from conceptx.geometry import steer
-from conceptx.models import LanguageModel, batches
+from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.progress import track
 from conceptx.store import load_tensors, save_tensors
 from conceptx.train.adapters import Adapter, inserted, linear_modules, low_rank_deltas
@@ -29,6 +30,10 @@ from conceptx.train.targets import Targets, cross_entropy
 
 logger = logging.getLogger("conceptx")
 Rows = list[list[int]]  # token ids of texts
+POSITIVE = (
+    *("rank", "alpha", "temperature", "steps", "batch_size", "learning_rate", "max_tokens"),
+    *("fluency_texts", "fluency_tokens"),
+)
 CHUNK = 8  # texts a teacher scores at once
 
 EXPERT = (
@@ -52,7 +57,7 @@ BRIDGES = (
 
 @dataclass(frozen=True)
 class ELM(Eraser):
-    """Fine-tune early layers so that the model speaks of the concept as one who has never met it.
+    """Fine-tune early layers so that the model speaks of the concept as one who has never met it (arXiv 2410.02760).
 
     The target of each token is log p + eta (log p_novice - log p_expert), where the two contexts are persona prefixes
     (paper, eqs. 5-6). Three losses, each a cross-entropy against a teacher distribution: erase (the target, on texts
@@ -63,8 +68,6 @@ class ELM(Eraser):
     eta:               strength of the target (paper: 500; authors' command: 1000).  ramp: it grows linearly from 1 to
                        eta over the positions of a text (authors' code; absent from the paper).
     temperature, top_k: of the target (authors' code; top_k None: the full vocabulary).
-    support:           whose top_k tokens the target keeps: its own ("target", authors' code), or the model's ("model",
-                       ours): then eta chooses among tokens that are likely anyway and does not amplify the tail.
     erase_weight, retain_weight, fluency_weight: lambda 1, 2, 3 of eq. 10.
     retain_targets:    "soft" (paper) or "hard", the model's own most likely token (authors' code).
     fluency_guidance:  strength while sampling and scoring fluency texts; None: eta (paper); 3 in the authors' code.
@@ -72,7 +75,7 @@ class ELM(Eraser):
     fluency_texts, fluency_tokens: how many samples, and of how many tokens.
     steps, batch_size, learning_rate, gradient_clip: of AdamW; batch_size texts of each kind a step, over all processes.
     max_tokens:        longer texts are cut.
-    precision:         "no" or "bf16": mixed precision through accelerate.
+    precision:         "no", or "bf16" for mixed precision; `accelerate launch --mixed_precision` works as well.
 
     Different from the authors' code: the teachers are computed once, in batches of texts that share a persona
     pair and keep it; gradients are averaged, not summed, over a batch; kept are the top_k entries of the retain teacher
@@ -87,7 +90,6 @@ class ELM(Eraser):
     ramp: bool = True
     temperature: float = 1.2
     top_k: int | None = 50
-    support: Literal["target", "model"] = "target"
     erase_weight: float = 1.0  # λ₁
     retain_weight: float = 1.0  # λ₂
     fluency_weight: float = 1.0  # λ₃
@@ -104,9 +106,13 @@ class ELM(Eraser):
     precision: Literal["no", "bf16"] = "no"
 
     def __post_init__(self) -> None:
-        positive = ("rank", "alpha", "temperature", "steps", "batch_size", "learning_rate", "max_tokens")
-        if wrong := [name for name in positive if not getattr(self, name) > 0]:
-            raise ValueError(f"{', '.join(wrong)} must be positive.")
+        if wrong := [name for name in POSITIVE if not 0 < getattr(self, name) < math.inf]:
+            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+        weights = (self.erase_weight, self.retain_weight, self.fluency_weight)
+        if not (min(weights) >= 0 and 0 < max(weights) < math.inf):
+            raise ValueError(f"The weights must not be negative and one must be positive, got {weights}.")
+        if not (math.isfinite(self.eta) and math.isfinite(self.fluency_guidance or 0)):
+            raise ValueError("eta and fluency_guidance must be finite.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be positive or None, got {self.top_k}.")
         if not 0 <= self.dropout < 1:
@@ -132,7 +138,7 @@ class ELM(Eraser):
         run = _identity(record, concept, model)
         folder = None if checkpoint is None else Path(checkpoint)
         _warn_about_personas(model, concept, seed)
-        accelerator = Accelerator(mixed_precision=self.precision, cpu=model.device.type == "cpu")
+        accelerator = Accelerator(cpu=model.device.type == "cpu")
         if self.batch_size % accelerator.num_processes:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of {accelerator.num_processes} processes."
@@ -144,7 +150,7 @@ class ELM(Eraser):
             kinds = self._teachers(teacher, concept, folder and folder / f"teachers-{run}.safetensors")
             with inserted(model, adapter, seed) as student:
                 batches = _Batches(kinds, self._weights(), self.batch_size, seed, accelerator)
-                train(student, batches.of, _loss, self._plan(run, seed, folder), accelerator)
+                train(student, batches.of, self._loss, self._plan(run, seed, folder), accelerator)
                 deltas = low_rank_deltas(student, adapter)
         finally:
             model.module.to(home)
@@ -166,6 +172,12 @@ class ELM(Eraser):
             gradient_clip=self.gradient_clip,
             checkpoint=None if folder is None else folder / "training.safetensors",
         )
+
+    def _loss(self, student: Any, part: tuple[Targets, float]) -> Tensor:
+        targets, weight = part
+        with torch.autocast(targets.ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = student(input_ids=targets.ids, attention_mask=targets.mask).logits
+        return weight * cross_entropy(logits, targets).mean()
 
     def _weights(self) -> dict[str, float]:
         weights = {"erase": self.erase_weight, "retain": self.retain_weight, "fluency": self.fluency_weight}
@@ -252,7 +264,8 @@ class Teacher:
 
     @property
     def _kept(self) -> int:
-        return self.settings.top_k or self.model.module.config.vocab_size
+        vocabulary = int(self.model.module.config.vocab_size)
+        return min(self.settings.top_k or vocabulary, vocabulary)
 
     def _scores(self, rows: Rows, chunk: Sequence[int], eta: float, *, ramp: bool) -> Tensor:
         """log p + eta (log p_novice - log p_expert), aligned at the end: (rows, longest, vocabulary)."""
@@ -266,14 +279,7 @@ class Teacher:
         if ramp:
             for number, text in enumerate(texts):
                 strength[number, -len(text) :, 0] = torch.linspace(1, eta, len(text))
-        return self._supported(steer(base, expert, [novice], [strength]), base)
-
-    def _supported(self, scores: Tensor, base: Tensor) -> Tensor:
-        """The scores, -inf outside the model's own most likely tokens where the settings say so."""
-        if self.settings.support == "target":
-            return scores
-        likely = base.topk(self._kept).indices
-        return torch.full_like(scores, -torch.inf).scatter(-1, likely, scores.gather(-1, likely))
+        return steer(base, expert, [novice], [strength])
 
     def _personas(self, chunk: Sequence[int]) -> tuple[list[int], list[int]]:
         """The expert and the novice prefix of a chunk, drawn by its first row."""
@@ -305,14 +311,15 @@ class Teacher:
         generator = torch.Generator(device=ids.device).manual_seed(self.seed * 100_003 + chunk[0])
         cache, tokens = None, []
         for _ in range(self.settings.fluency_tokens):
-            out = self.model.module(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=places,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            with evaluating(self.model.module):
+                out = self.model.module(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=places,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
             cache = out.past_key_values
             tokens.append(self._draw(out.logits[:, -1].float(), guidance, generator))
             ids = tokens[-1].repeat(3)[:, None]
@@ -322,7 +329,7 @@ class Teacher:
 
     def _draw(self, logits: Tensor, guidance: float, generator: torch.Generator) -> Tensor:
         base, expert, novice = (logits / self.settings.temperature).log_softmax(-1).chunk(3)
-        scores = self._supported(steer(base, expert, [novice], [guidance]), base)
+        scores = steer(base, expert, [novice], [guidance])
         if (end := self.model.tokenizer.eos_token_id) is not None:
             scores[:, end] = -torch.inf
         values, indices = scores.topk(self._kept)
@@ -452,12 +459,6 @@ class _Batches:
 
     def _permutation(self, kind: str, rows: int, epoch: int) -> list[int]:
         return self._order(f"{self.seed} {kind} {epoch}", rows)
-
-
-def _loss(student: Any, part: tuple[Targets, float]) -> Tensor:
-    targets, weight = part
-    logits = student(input_ids=targets.ids, attention_mask=targets.mask).logits
-    return weight * cross_entropy(logits, targets).mean()
 
 
 def _identity(record: Mapping[str, Any], concept: Concept, model: LanguageModel) -> str:

@@ -23,9 +23,9 @@ class INLP(VectorEraser):
     after a round is the span of all classifiers' weights up to it, computed anew and taken out of the original
     rows (the intersection of their null spaces), so rounding does not add up.
 
-    It stops after `rounds` rounds, as published, or earlier when a classifier finds no direction that is
-    new (the subspace fills the space at the latest then). There is no test of the accuracy: a chosen number of rounds gives
-    no guarantee, and hundreds of directions may go. Differs from the authors' code: X is centred first (the
+    It stops after `rounds` rounds, as published, or earlier when a classifier finds no direction that is new (at
+    the latest when the subspace fills the space). There is no test of the accuracy: a chosen number of rounds
+    gives no guarantee, and hundreds of directions may go. Differs from the authors' code: X is centred first (the
     result is an affine map that keeps the mean), and the dev-set threshold is left out since `fit` has one set.
 
     rounds:    classifiers one after the other (the authors': 35 for word vectors, 300 for sentences). Each takes

@@ -11,7 +11,7 @@ from conceptx.eraser import VectorEraser
 from conceptx.geometry import Array, DenseMetric, Moments, Subspace, shrink
 from conceptx.geometry.arrays import matrix
 from conceptx.geometry.labels import encode_labels
-from conceptx.methods._span import independent, label_directions
+from conceptx.methods._span import independent, standardise
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class LEACE(VectorEraser):
 
     def fit_moments(self, moments: Moments) -> Subspace:
         """The same from moments, for example the sum of the moments of several shards."""
-        covariance = moments.covariance
+        covariance, variances = moments.covariance, moments.scatter_zz.diagonal() / max(moments.count - 1, 1)
         metric = DenseMetric(shrink(covariance, moments.count) if self.shrinkage else covariance)
-        columns = label_directions(moments)
+        columns = standardise(moments.cross_covariance, variances, moments.mean_z)
         return Subspace.oblique(independent(columns, metric.whiten(columns)), metric, moments.mean_x)
 
 

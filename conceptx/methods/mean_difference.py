@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conceptx.eraser import VectorEraser
-from conceptx.geometry import Array, Moments, Subspace
+from conceptx.geometry import Array, Subspace
 from conceptx.geometry.arrays import matrix
 from conceptx.geometry.labels import encode_labels
 from conceptx.methods._span import mean_directions
@@ -23,5 +23,4 @@ class MeanDifference(VectorEraser):
     def fit(self, X: Array, z: Array) -> Subspace:
         """The orthogonal subspace of z in X (n, d); labels and errors as for LEACE."""
         x = matrix(X, "X")
-        moments = Moments.of(x, encode_labels(z, len(x)).to(x))
-        return Subspace.orthogonal(mean_directions(moments), moments.mean_x)
+        return Subspace.orthogonal(mean_directions(x, encode_labels(z, len(x)).to(x)), x.mean(0))

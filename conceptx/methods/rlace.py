@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from conceptx.eraser import VectorEraser
-from conceptx.geometry import Array, Moments, Subspace, project_fantope
+from conceptx.geometry import Array, Subspace, project_fantope
 from conceptx.geometry.arrays import matrix
 from conceptx.geometry.labels import class_indices, one_hot
 from conceptx.methods._span import mean_directions
@@ -66,15 +66,14 @@ class RLACE(VectorEraser):
         self._check(x.shape[1])
         indices, classes = class_indices(z, len(x))
         targets = one_hot(indices, classes).to(x)
-        moments = Moments.of(x, targets)
-        needed = mean_directions(moments)
+        needed = mean_directions(x, targets)
+        centred = x - x.mean(0)
         if self.start == "means" and self.rank >= needed.shape[1]:
-            basis = _fill(needed, moments.covariance, self.rank)
+            basis = _fill(needed, centred, self.rank)
         else:
-            scale = torch.trace(moments.covariance / x.shape[1]).sqrt()
-            game = Game((x - moments.mean_x) / scale, targets, moments.covariance / scale**2)
-            basis = self._play(game, self._first(moments))
-        return Subspace.orthogonal(basis, moments.mean_x)
+            game = Game.of(centred, targets)
+            basis = self._play(game, self._first(game))
+        return Subspace.orthogonal(basis, x.mean(0))
 
     def _check(self, d: int) -> None:
         if not 1 <= self.rank <= d:
@@ -84,13 +83,13 @@ class RLACE(VectorEraser):
         if not 0 < self.weight_decay < 1:
             raise ValueError(f"weight_decay must lie between 0 and 1, got {self.weight_decay}.")
 
-    def _first(self, moments: Moments) -> Tensor:
-        d = len(moments.mean_x)
+    def _first(self, game: Game) -> Tensor:
+        d = game.x.shape[1]
         if self.start == "means":  # the most of the differences of the means that K directions can hold
-            basis = torch.linalg.svd(moments.cross_covariance, full_matrices=False).U[:, : self.rank]
+            basis = torch.linalg.svd(game.x.T @ game.targets, full_matrices=False).U[:, : self.rank]
             return basis @ basis.T
         noise = torch.randn(d, d, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        return project_fantope(noise.to(moments.mean_x), self.rank)
+        return project_fantope(noise.to(game.x), self.rank)
 
     def _play(self, game: Game, removed: Tensor) -> Tensor:
         decays, step = _falling(float(torch.linalg.matrix_norm(game.covariance, 2)), self.weight_decay), 0.0
@@ -127,6 +126,12 @@ class Game:
     x: Float[Tensor, "n d"]
     targets: Float[Tensor, "n k"]
     covariance: Float[Tensor, "d d"]
+
+    @staticmethod
+    def of(centred: Float[Tensor, "n d"], targets: Float[Tensor, "n k"]) -> Game:
+        """The game on centred rows of any scale; one number brings their variance to 1 on average."""
+        x = centred / centred.square().mean().sqrt()
+        return Game(x, targets, x.T @ x / len(x))
 
     @property
     def entropy(self) -> float:
@@ -209,10 +214,13 @@ def _falling(top: float, bottom: float) -> list[float]:
     return np.geomspace(top, bottom, 1 + math.ceil(math.log10(top / bottom))).tolist()
 
 
-def _fill(needed: Tensor, covariance: Tensor, rank: int) -> Tensor:
+def _fill(needed: Tensor, centred: Tensor, rank: int) -> Tensor:
     """The needed directions and, up to the rank, those orthogonal to them in which x varies least."""
     missing = rank - needed.shape[1]
+    if not missing:
+        return needed
     full = torch.linalg.qr(needed, mode="complete").Q
     others = full[:, needed.shape[1] :]
-    quiet = torch.linalg.eigh(others.T @ covariance @ others).eigenvectors[:, :missing]
+    rest = centred @ others
+    quiet = torch.linalg.eigh(rest.T @ rest).eigenvectors[:, :missing]
     return torch.cat([full[:, : needed.shape[1]], others @ quiet], 1)

@@ -77,7 +77,7 @@ def _step(
     """Accumulate the gradients of one step; processes exchange them once, with the last part."""
     total = 0.0
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
         torch.manual_seed(_mix(plan.seed, step, accelerator.process_index))
         for number, part in enumerate(parts, 1):
             with nullcontext() if number == len(parts) else accelerator.no_sync(student):

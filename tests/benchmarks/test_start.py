@@ -22,12 +22,12 @@ def cpu(*command):
 
 def test_help_takes_less_than_three_tenths_of_a_second():
     seconds = cpu(str(Path(sys.executable).with_name("conceptx")), "--help")
-    print(f"\nconceptx --help: {seconds:.3f} s")  # noqa: T201
+    print(f"\nconceptx --help: {seconds:.3f} s")
     assert seconds < 0.3
 
 
 def test_import_costs_no_more_than_that_of_torch():
     ours, torch = cpu(sys.executable, "-c", "import conceptx"), cpu(sys.executable, "-c", "import torch")
-    print(f"\nimport conceptx: {ours:.3f} s, import torch: {torch:.3f} s")  # noqa: T201
+    print(f"\nimport conceptx: {ours:.3f} s, import torch: {torch:.3f} s")
     assert ours <= 1.2 * torch
     assert ours < 0.1 * torch  # lazy: nothing of it is torch

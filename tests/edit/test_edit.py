@@ -228,3 +228,19 @@ def test_a_change_of_a_tied_weight_acts_on_both_ends_once():
     with Edit(model.fingerprint, deltas={"lm_head.weight": Dense(torch.ones(320, 32))}).applied(model):
         assert torch.equal(model.parameter(EMBEDDING), before + 1)
         assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
+
+
+def test_no_warning_for_maps_that_commute_though_they_meet():
+    """Projections onto nested spaces, or the same one twice, commute."""
+    model, site = tiny(), "layers.1.mlp_input"
+    basis = torch.linalg.qr(normal(32, 4)).Q
+    one, two = (
+        Edit(model.fingerprint, maps={site: (Subspace.orthogonal(part).removal(),)}) for part in (basis, basis[:, 2:])
+    )
+    x = normal(5, 32)
+    first, second = one.maps[site][0], two.maps[site][0]
+    torch.testing.assert_close(first(second(x)), second(first(x)), rtol=0, atol=1e-12)  # float64 rounding
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one + two
+        one + one

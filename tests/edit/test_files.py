@@ -120,7 +120,7 @@ def test_a_truncated_tensor_file_is_one_clear_error(tmp_path):
     whole = path.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="not a complete safetensors file .* may have been cut off"):
+        with pytest.raises(ValueError, match=r"not a complete safetensors file .* may have been cut off"):
             Edit.load(tmp_path)
     path.write_bytes(whole)
     Edit.load(tmp_path)

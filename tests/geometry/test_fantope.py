@@ -2,11 +2,11 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import torch
+from geometry.spaces import random, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptx.geometry import project_fantope, waterfill
-from geometry.spaces import random, seeds
 
 
 def symmetric(seed: int, d: int) -> torch.Tensor:

@@ -62,5 +62,5 @@ def test_columns_that_never_vary_are_refused():
 
 @pytest.mark.parametrize("labels", [[[1, 1], [0, 1], [1, 0]], [[0.2], [1.0], [0.5]]])
 def test_only_one_hot_matrices_are_classes(labels):
-    with pytest.raises(ValueError, match="one-hot|continuous"):
+    with pytest.raises(ValueError, match=r"one-hot|continuous"):
         class_indices(labels, 3)

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from geometry.spaces import CLOSE, make, random, seeds, subspaces
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conceptx.geometry import ConceptMap, RetainMetric, dual
-from geometry.spaces import CLOSE, make, random, seeds, subspaces
 
 
 @given(subspaces(proper=False), seeds, st.booleans())
@@ -19,7 +19,7 @@ def test_a_folded_layer_is_the_map_before_the_layer(space, seed, with_bias):
 
 @given(seeds, st.integers(2, 16), st.integers(1, 3), st.integers(0, 4))
 def test_uce_of_each_layer_is_one_shared_map(seed, d, erased, kept):
-    """The published closed form (arXiv 2308.14761, equation 7, with the code's ridge) against W T, T = I + (C* - C) L."""
+    """The published closed form (arXiv 2308.14761, Eq. 7, with the code's ridge) is W T, T = I + (C* - C) L."""
     erase, anchor = random(seed, d, min(erased, d)), random(seed + 1, d, min(erased, d))  # C, C*
     retain, weight = random(seed + 2, d, kept), random(seed + 3, 5, d)
     ridge, erase_scale, retain_scale = 0.5, 1.3, 0.7  # lambda, alpha, beta

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from geometry.spaces import random, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conceptx.geometry import Moments
-from geometry.spaces import random, seeds
 
 FIELDS = ("mean_x", "mean_z", "scatter_xx", "scatter_xz", "scatter_zz")
 

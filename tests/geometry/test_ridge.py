@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from geometry.spaces import CLOSE, covariance, random, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conceptx.geometry import DenseMetric, RetainMetric, dual
-from geometry.spaces import CLOSE, covariance, random, seeds
 
 
 @given(seeds, st.integers(2, 12), st.integers(1, 15), st.floats(0.1, 10), st.floats(0.1, 10))
@@ -22,7 +22,9 @@ def test_woodbury_is_the_dense_solve(seed, d, n, ridge, weight):
 @given(seeds, st.integers(2, 12))
 def test_dense_solve_against_numpy(seed, d):
     metric, columns = covariance(seed, d), random(seed + 1, d, 3)
-    np.testing.assert_allclose(DenseMetric(metric).solve(columns), np.linalg.solve(metric, columns), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        DenseMetric(metric).solve(columns), np.linalg.solve(metric, columns), rtol=1e-8, atol=1e-8
+    )
 
 
 @given(seeds, st.integers(3, 12), st.booleans())
@@ -67,5 +69,5 @@ def test_dependent_columns_are_refused_without_weights_and_allowed_with():
 
 @pytest.mark.parametrize("bad", [{"ridge": 0.0}, {"ridge": 1.0, "form": "qr"}])
 def test_errors_say_what_is_wrong(bad):
-    with pytest.raises(ValueError, match="positive|available"):
+    with pytest.raises(ValueError, match=r"positive|available"):
         RetainMetric(**bad)

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from geometry.spaces import random, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conceptx.geometry import steer
-from geometry.spaces import random, seeds
 
 
 @given(seeds, st.floats(-5, 5), st.floats(-5, 5))

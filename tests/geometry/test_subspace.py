@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from geometry.spaces import CLOSE, make, random, seeds, subspaces
 from hypothesis import given
 from scipy.linalg import subspace_angles
 
 from conceptx.geometry import Subspace
-from geometry.spaces import CLOSE, make, random, seeds, subspaces
 
 
 @given(subspaces(proper=False))

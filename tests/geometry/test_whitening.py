@@ -1,10 +1,10 @@
 import torch
 from concept_erasure import optimal_linear_shrinkage
+from geometry.spaces import covariance, random, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conceptx.geometry import shrink, whitening
-from geometry.spaces import covariance, random, seeds
 
 
 @given(seeds, st.integers(2, 10), st.booleans())

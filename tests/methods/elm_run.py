@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from accelerate import PartialState
 from hosts import GARDEN, METALS, tiny
 
 from conceptx import Concept
@@ -22,7 +23,8 @@ if __name__ == "__main__":
     )  # fmt: skip
     concept = Concept("metals", texts=METALS, retain_texts=GARDEN)
     edit = eraser.erase(tiny(), concept, seed=1, checkpoint=out / "checkpoint")
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    several = PartialState()
+    sys.stdout.write(f"{several.process_index} of {several.num_processes} processes\n")
+    if several.is_main_process:
         edit.save(out / "edit")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    several.destroy_process_group()

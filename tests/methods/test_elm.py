@@ -286,18 +286,18 @@ def test_every_variant_runs_and_differs(fields):
 
 @quiet
 def test_a_run_that_stops_in_training_goes_on_to_the_same_edit(tmp_path, monkeypatch):
-    settings, calls, loss = change(steps=60, fluency_tokens=3), [], elm._loss
+    settings, calls, loss = change(steps=60, fluency_tokens=3), [], elm.ELM._loss
 
-    def stops(student, part):
+    def stops(self, student, part):
         calls.append(1)
         if len(calls) > 55 * 3:
             raise InterruptedError
-        return loss(student, part)
+        return loss(self, student, part)
 
     model = tiny()
     before = state(model)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(elm, "_loss", stops)
+        patch.setattr(elm.ELM, "_loss", stops)
         settings.erase(model, CONCEPT, checkpoint=tmp_path)
     assert same(before, state(model)) and {p.suffix for p in tmp_path.iterdir()} == {".safetensors"}
 
@@ -306,7 +306,7 @@ def test_a_run_that_stops_in_training_goes_on_to_the_same_edit(tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(elm.ELM, "_compute_teachers", none)
-        patch.setattr(elm, "_loss", lambda student, part: calls.append(2) or loss(student, part))
+        patch.setattr(elm.ELM, "_loss", lambda self, *rest: calls.append(2) or loss(self, *rest))
         resumed = settings.erase(model, CONCEPT, checkpoint=tmp_path)
     assert calls.count(2) == 10 * 3  # from step 50
     assert same_edits(resumed, settings.erase(model, CONCEPT))
@@ -373,12 +373,13 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def run(out, steps, dropout, *launcher):
     command = [sys.executable, *launcher, str(RUN), str(out), str(steps), str(dropout)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finished(process):
-    _, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()[-2000:]
+    return output.decode()
 
 
 @pytest.mark.slow
@@ -398,15 +399,63 @@ def test_killed_and_started_again_gives_the_same_edit(moment, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_edit_of_one(tmp_path):
+    """The same batches, half of each row by row on either process, gradients averaged.
+
+    Not bit for bit: the halves are summed in another order (1e-7 of a gradient), and training amplifies that, to 4e-7
+    of changes of size 0.2 after these 20 steps. (After 200 steps on this random model it is 3e-3 of 1.0.)
+    `accelerate launch --cpu` starts several processes through MPI only, so torch's own launcher starts them here.
+    """
     finished(run(tmp_path / "one", 20, 0.0))
-    launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1")
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
-    finished(run(tmp_path / "two", 20, 0.0, *launch))
+    output = finished(run(tmp_path / "two", 20, 0.0, "-m", "torch.distributed.run", "--nproc_per_node", "2"))
+    assert output.count("of 2 processes") == 2
     one, two = (Edit.load(tmp_path / name / "edit") for name in ("one", "two"))
     assert one.deltas.keys() == two.deltas.keys()
+    assert max(float(delta.up.abs().max()) for delta in one.deltas.values()) > 0.1
     for name, delta in one.deltas.items():
         for part, tensor in delta.tensors().items():
-            torch.testing.assert_close(two.deltas[name].tensors()[part], tensor, rtol=0, atol=TWO_PROCESSES)
+            torch.testing.assert_close(two.deltas[name].tensors()[part], tensor, rtol=0, atol=5e-6)
 
 
-TWO_PROCESSES = 1e-6
+# -- not right yet: each is a clear error, or right, once mended -----------------------------------------------------
+
+
+@quiet
+def test_top_k_above_the_vocabulary_is_refused_or_is_the_vocabulary():
+    try:
+        edit = change(top_k=5000).erase(tiny(), CONCEPT)
+    except ValueError as error:
+        assert "top_k" in str(error)
+    else:
+        assert same_edits(edit, change(top_k=None).erase(tiny(), CONCEPT))
+
+
+@quiet
+def test_both_precisions_in_one_process():
+    QUICK.erase(tiny(), CONCEPT)
+    change(precision="bf16").erase(tiny(), CONCEPT)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"fluency_texts": 0},
+        {"fluency_tokens": 0},
+        {"eta": float("nan")},
+        {"erase_weight": 0.0, "retain_weight": 0.0, "fluency_weight": 0.0},
+        {"erase_weight": -1.0},
+    ],
+    ids=lambda fields: ",".join(fields),
+)
+@quiet
+def test_settings_that_leave_nothing_to_learn_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        change(**fields).erase(tiny(), CONCEPT)
+
+
+@quiet
+def test_a_host_in_training_mode_has_the_same_teachers():
+    model = tiny("gpt2")
+    rows = model.encode(METALS[:3], max_length=16)
+    still = teacher_of(model, QUICK).fluent(rows)
+    model.module.train()
+    assert torch.equal(teacher_of(model, QUICK).fluent(rows).ids, still.ids)

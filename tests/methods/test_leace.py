@@ -10,7 +10,7 @@ from sklearn.svm import LinearSVC
 
 from conceptx.geometry import Moments
 from conceptx.geometry.labels import encode_labels
-from conceptx.methods import LEACE
+from conceptx.methods import LEACE, MeanDifference
 
 
 def reference(X, columns, shrinkage=False):
@@ -86,8 +86,6 @@ def test_no_other_projection_with_its_kernel_changes_x_less():
 
 
 def test_the_change_is_less_than_by_an_orthogonal_projection():
-    from conceptx.methods import MeanDifference
-
     X, z = labelled(400, 10, 3)
     leace, orthogonal = (np.square(X - eraser.fit(X, z).remove(X)).sum() for eraser in (LEACE(), MeanDifference()))
     assert leace < orthogonal
@@ -129,6 +127,7 @@ def test_a_stream_of_binary_vectors():
     np.testing.assert_allclose(stream.remove(X), LEACE().fit(X, z).remove(X), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", ["tall", "wide"])
 def test_4096_dimensions_take_seconds(width):
     n = 4500 if width == "tall" else 600
@@ -140,9 +139,6 @@ def test_4096_dimensions_take_seconds(width):
     assert time.perf_counter() - start < 60  # 8 to 15 s on one core; an eigendecomposition would be minutes
     gap = space.remove(X)[z == 1].mean(0) - space.remove(X)[z == 0].mean(0)
     assert float(gap.abs().max()) < 1e-5  # X is float32
-
-
-test_4096_dimensions_take_seconds = pytest.mark.slow(test_4096_dimensions_take_seconds)
 
 
 @pytest.mark.parametrize(
