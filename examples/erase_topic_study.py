@@ -7,21 +7,28 @@ Runs that are already in the output folder are not repeated.
 """
 
 import argparse
+import random
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 
-from conceptx import Concept, Edit, Personas, Report, load
+from conceptx import Concept, Edit, Personas, Report, evaluate, load
 from conceptx.demo.language import fast_dtype, recipe
 from conceptx.evaluation.benchmark import Benchmark
 from conceptx.methods.elm import persona_gap
 from conceptx.models import LanguageModel
 from conceptx.places import tasks_folder
 from conceptx.progress import shown
+from conceptx.train.adapters import Adapter, inserted, linear_modules, low_rank_deltas
+from conceptx.train.loop import Plan, train
+from conceptx.train.targets import Targets, cross_entropy
 
 NONSENSE = Personas(
     expert=("This was written on a Monday with a blue pen.",),
@@ -59,6 +66,29 @@ class Study:
         """The edit of a seed at another strength: the trade-off curve."""
         return self._kept(f"strength-{strength}", lambda: self._score(strength * self._edit("personas", seed)))
 
+    def relearnt(self, seed: int, steps: int) -> Report:
+        """After plain next-token training of a new adapter on the concept's texts, on top of a seed's edit."""
+        return self._kept(f"relearnt-{steps}", lambda: self._relearn(self._edit("personas", seed), seed, steps))
+
+    def _relearn(self, edit: Edit, seed: int, steps: int) -> Report:
+        model, size = self.model, 8
+        rows = [row for row in model.encode(self.concept.texts, max_length=36) if len(row) > 1]
+        texts = next_tokens(random.Random(seed).sample(rows, steps * size))
+        adapter = Adapter(8, 16, 0.0, linear_modules(model, (4, 8)))
+        plan = Plan(steps=steps, learning_rate=5e-4, seed=seed, run="relearn")
+        with edit.applied(model):
+            with inserted(model, adapter, seed) as student:
+                train(
+                    student,
+                    lambda step: [texts.rows(range(step * size, (step + 1) * size))],
+                    _loss,
+                    plan,
+                    Accelerator(),
+                )
+                back = Edit(model.fingerprint, deltas=low_rank_deltas(student, adapter))
+            with back.applied(model):
+                return evaluate(model, self.benchmark.target).beside(self.unedited())
+
     def _edit(self, kind: str, seed: int) -> Edit:
         folder = Path("runs/study") / self.name / f"{kind}-{seed}"
         if not (folder / "edit.json").is_file():
@@ -73,11 +103,24 @@ class Study:
     def _score(self, edit: Edit) -> Report:
         return self.benchmark.run(self.model, self.concept, edit=edit, unedited=self.unedited())
 
-    def _kept(self, name: str, make) -> Report:
+    def _kept(self, name: str, make: Callable[[], Report]) -> Report:
         path = self.out / f"{name}.json"
         if not path.is_file():
             make().save(path)
         return Report.load(path)
+
+
+def next_tokens(rows: list[list[int]]) -> Targets:
+    """Each row's own next tokens as targets, everywhere but after its last one."""
+    targets = Targets.empty([row[:-1] for row in rows], 1)
+    for number, row in enumerate(rows):
+        targets.indices[number, : len(row) - 1, 0] = torch.tensor(row[1:])
+    targets.probabilities.fill_(1)
+    return targets
+
+
+def _loss(student: Any, targets: Targets) -> torch.Tensor:
+    return cross_entropy(student(input_ids=targets.ids, attention_mask=targets.mask).logits, targets).mean()
 
 
 def table(name: str, before: Report, runs: dict[str, list[Report]]) -> str:
@@ -128,12 +171,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=["personas", "control"], default=["personas", "control"])
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--curve", action="store_true", help="also score the first seed's edit at other strengths")
+    parser.add_argument("--relearn", type=int, nargs="*", default=[], help="also after so many steps of relearning")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore", FutureWarning)
     study, console = Study(arguments.concept, arguments.out), Console()
+    relearnt = {}
     with shown():
         before = study.unedited()
         runs = {kind: [study.run(kind, seed) for seed in arguments.seeds] for kind in arguments.kinds}
@@ -141,7 +186,11 @@ def main() -> None:
             curve = {s: study.strength(arguments.seeds[0], s) for s in STRENGTHS}
             curve[1.0] = study.run("personas", arguments.seeds[0])
             draw(study, before, curve, Path("docs/pictures") / f"elm-{arguments.concept}.png")
+        relearnt = {steps: study.relearnt(arguments.seeds[0], steps) for steps in arguments.relearn}
     console.print(table(arguments.concept, before, runs), markup=False)
+    for steps, report in relearnt.items():
+        scores = [score for score in report.scores if score.task == study.benchmark.target[0]]
+        console.print(f"relearnt, {steps} steps:", *(f"{s.part} {s.value:.3f}" for s in scores))
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ class ConceptMap:
     __rmul__ = __mul__
 
     def to(self, device: torch.device) -> ConceptMap:
-        if self.write.device == device:
-            return self
         dtype = working_dtype(device)
+        if all(t.device == device and t.dtype == dtype for t in (self.write, self.read, self.mean)):
+            return self
         return ConceptMap(
             self.write.to(device, dtype), self.read.to(device, dtype), self.mean.to(device, dtype), self.gate
         )
