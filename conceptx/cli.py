@@ -45,7 +45,7 @@ def demo(
 def erase(
     model: ModelName,
     concept: Annotated[Path, typer.Option(help="A concept file, such as tasks/concepts/capitals.toml.")],
-    out: Annotated[Path, typer.Option(help="Folder for the edit. A stopped run goes on when started again.")],
+    out: Annotated[Path, typer.Option(help="Folder for the edit. A stopped ELM run goes on when started again.")],
     method: Annotated[str, typer.Option(help="See `conceptx methods`.")] = "elm",
     recipe: Annotated[Path | None, typer.Option(help="TOML file with settings of the method.")] = None,
     setting: Annotated[
@@ -66,17 +66,24 @@ def erase(
         conceptx erase smollm2 --concept tasks/concepts/chemical_elements.toml
         --recipe tasks/recipes/elm_smollm2.toml --out runs/no-elements --peft runs/no-elements-lora
     """
+    import inspect
+    import os
+    import shutil
+
     from conceptx.concept import Concept
     from conceptx.progress import shown
 
     eraser = _eraser(method, recipe, setting or [])
     what = Concept.load(concept)
     host = _load(model, dtype, device)
-    resume: dict[str, Any] = {"checkpoint": out / "checkpoint"} if method == "elm" else {}
+    resumes = "checkpoint" in inspect.signature(eraser.erase).parameters
+    resume: dict[str, Any] = {"checkpoint": out / "checkpoint"} if resumes else {}
     with shown():
         edit = eraser.erase(host, what, seed=seed, **resume)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # one of several processes; the first one writes
     edit.save(out)
-    _remove_folder(out / "checkpoint")
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
     typer.echo(f"{out}: {edit.describe()}")
     if peft is not None:
         edit.fold(host).export_peft(peft, host)
@@ -207,12 +214,6 @@ def _quiet() -> None:
 
     no_model_bars()
     no_dataset_bars()
-
-
-def _remove_folder(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Kind = Literal["topic", "person", "character", "style", "attribute", "object"]
 
@@ -26,8 +26,8 @@ class Personas(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    expert: tuple[Text, ...]
-    novice: tuple[Text, ...]
+    expert: Annotated[tuple[Text, ...], Field(min_length=1)]
+    novice: Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class Concept(BaseModel):

@@ -65,6 +65,7 @@ class VectorEraser(Eraser):
         sites: default, the inputs of all attention and MLP sublayers, which `Edit.fold` can turn into weights.
         Raises ValueError when the concept has no labelled texts, KeyError for an unknown site; the model is unchanged.
         """
+        model.require_unedited()
         wanted = ordered_sites(model, sites)
         texts, labels = labelled_texts(concept)
         eraser = self._seeded(seed)

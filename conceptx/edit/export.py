@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from conceptx.edit.apply import check
-from conceptx.edit.deltas import LowRank, as_low_rank
+from conceptx.edit.deltas import Delta, LowRank, as_low_rank
 from conceptx.edit.host import Host
 from conceptx.store import replaced_folder
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from conceptx.edit.edit import Edit
 
 
-def export_peft(edit: Edit, model: Host, folder: Path) -> None:
+def export_peft(edit: Edit, folder: Path, model: Host | None) -> None:
     """See `Edit.export_peft`. All pairs get one rank (the largest; zeros fill up) and a scaling of one."""
     from peft import LoraConfig
 
-    check(edit, model)
+    if model is not None:
+        check(edit, model)
     pairs = _pairs(edit, model)
     rank = max(pair.down.shape[0] for pair in pairs.values())
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=sorted(pairs), task_type="CAUSAL_LM")
@@ -31,7 +32,7 @@ def export_peft(edit: Edit, model: Host, folder: Path) -> None:
         save_file(_state(pairs, rank), temporary / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _pairs(edit: Edit, model: Host) -> dict[str, LowRank]:
+def _pairs(edit: Edit, model: Host | None) -> dict[str, LowRank]:
     """module name -> LoRA pair, or a ValueError that names what is none."""
     if edit.maps:
         raise ValueError(
@@ -39,7 +40,7 @@ def _pairs(edit: Edit, model: Host) -> dict[str, LowRank]:
         )
     pairs = {}
     for name, delta in edit.deltas.items():
-        pair = as_low_rank(delta, model.parameter_shape(name)[0]) if model.takes_adapter(name) else None
+        pair = _pair(name, delta, model)
         if pair is None:
             raise ValueError(
                 f"The change of {name} is no low-rank change of an untied linear layer, "
@@ -49,6 +50,12 @@ def _pairs(edit: Edit, model: Host) -> dict[str, LowRank]:
     if not pairs:
         raise ValueError("The edit changes no weight, there is nothing to export.")
     return pairs
+
+
+def _pair(name: str, delta: Delta, model: Host | None) -> LowRank | None:
+    if model is None:
+        return delta if isinstance(delta, LowRank) and name.endswith(".weight") else None
+    return as_low_rank(delta, model.parameter_shape(name)[0]) if model.takes_adapter(name) else None
 
 
 def _state(pairs: dict[str, LowRank], rank: int) -> dict[str, torch.Tensor]:

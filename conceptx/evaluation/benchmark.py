@@ -52,7 +52,9 @@ class Benchmark(BaseModel):
             raise ValueError(f"{path} is not a benchmark: {where}: {problem['msg']}.") from None
 
     def tasks(self, *, half: str = "test") -> list[str]:
-        """All task names of one half of the questions: "test" or "dev"."""
+        """All task names of one half of the questions: "test" or "dev"; ValueError for another half."""
+        if half not in ("test", "dev"):
+            raise ValueError(f"The questions have two halves, test and dev; got {half!r}.")
         suffix = "_dev" if half == "dev" else ""
         roles = ("target", "open", "near", "general")
         names = [name for role in roles for name in getattr(self, role + suffix)]
@@ -73,7 +75,7 @@ class Benchmark(BaseModel):
         Raises ValueError when a prompt is one of the concept's own texts (it would be scored on what it was erased
         with).
         """
-        if overlap := set(self.prompts) & set(concept.texts):
+        if overlap := set(self.prompts) & {*concept.texts, *concept.retain_texts}:
             raise ValueError(f"{len(overlap)} prompts are texts of the concept, the first is {min(overlap)!r}.")
         report = evaluate(model, self.tasks(half=half), edit=edit, unedited=unedited, limit=limit)
         report = Report.joined([self.summary(report, half=half), report])

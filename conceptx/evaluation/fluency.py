@@ -44,6 +44,7 @@ def fluency(
 
 def _generate(model: LanguageModel, prompts: list[str], length: int, seed: int) -> list[str]:
     options = {"seed": seed, "max_new_tokens": length, "min_new_tokens": length, "top_p": 0.95, "top_k": 0}
+    options |= {"temperature": 1.0, "repetition_penalty": 1.0}  # whatever the checkpoint's own defaults are
     return model.generate(prompts, **options)  # type: ignore[arg-type]
 
 
@@ -52,6 +53,8 @@ def _score(model: LanguageModel, prompts: list[str], continuations: list[str]) -
     starts = [len(row) for row in model.encode(prompts)]
     wholes = model.encode([prompt + text for prompt, text in zip(prompts, continuations, strict=True)])
     pairs = [(row, start) for row, start in zip(wholes, starts, strict=True) if len(row) > start + 2]
+    if not pairs:
+        raise ValueError("Every continuation is shorter than three tokens; there is nothing to score.")
     scored = model.log_likelihoods([row for row, _ in pairs], [start for _, start in pairs])
     losses = torch.stack([-tokens.mean() for tokens in scored])
     variety = torch.tensor([_distinct(row[start:]) for row, start in pairs])

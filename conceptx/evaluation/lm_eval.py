@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptx.edit import Edit
+from conceptx.edit.apply import check
 from conceptx.evaluation.report import Report, Score
 from conceptx.models import LanguageModel
 from conceptx.places import tasks_folder
@@ -36,8 +38,12 @@ def evaluate(
     limit:        only the first items of each task (a smoke test, not a result).
     include_path: folder with task files; default, the library's own.  defaults: also the harness's own tasks.
 
-    Raises ValueError that names the tasks there are when one is unknown, ImportError when lm-eval is not installed.
+    Raises ValueError that names the tasks there are when one is unknown, or when an edit is in force beside the one
+    given, ImportError when lm-eval is not installed.
     """
+    if edit is not None:
+        model.require_unedited()
+        check(edit, model)
     names = _known(tasks, include_path, defaults)
     if edit is None:
         return _run(model, names, limit, batch_size, include_path, defaults)
@@ -119,17 +125,28 @@ def _level(name: str, level: int) -> Iterator[None]:
 
 
 def _scores(task: str, samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Iterator[Score]:
-    """The task's main metric over all items, and over each part where items say whether they were seen."""
+    """The task's main metrics over all items, and over each part where items say whether they were seen."""
     numbers = results["results"][task]
-    for metric in METRICS:
-        name = next((key for key in numbers if key.split(",")[0] == metric), None)
-        if name is None:
-            continue
+    names = {key.split(",")[0]: key for key in numbers if key.split(",")[0] in METRICS}
+    if not names:
+        raise ValueError(f"Task {task!r} measures none of {', '.join(METRICS)}.")
+    for metric, name in names.items():
+        mine = [s for s in samples if s.get("filter", "none") == name.split(",")[1]]
         if metric == "word_perplexity":
-            yield Score(task, metric, float(numbers[name]), len(samples))
+            yield _perplexity(task, metric, mine)
             continue
-        for part, chosen in _parts(samples).items():
+        for part, chosen in _parts(mine).items():
             yield _mean(task, metric, part, chosen)
+
+
+def _perplexity(task: str, metric: str, samples: Sequence[Mapping[str, Any]]) -> Score:
+    """exp(- sum of log-likelihoods / sum of words); its standard error is that of a ratio of sums over documents."""
+    pairs = [s[metric] for s in samples]
+    n, words = len(pairs), sum(count for _, count in pairs)
+    rate = -sum(log_p for log_p, _ in pairs) / words
+    residual = sum((-log_p - rate * count) ** 2 for log_p, count in pairs)
+    error = (residual * n / max(n - 1, 1)) ** 0.5 / words
+    return Score(task, metric, math.exp(rate), n, math.exp(rate) * error)
 
 
 def _parts(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -145,6 +162,6 @@ def _mean(task: str, metric: str, part: str, samples: Sequence[Mapping[str, Any]
     n = len(values)
     mean = sum(values) / n
     error = (sum((v - mean) ** 2 for v in values) / (n * max(n - 1, 1))) ** 0.5
-    options = len(samples[0]["doc"].get("choices", ()))
-    chance = 1 / options if metric == "acc" and options else None
+    choices = samples[0]["doc"].get("choices")
+    chance = 1 / len(choices) if metric == "acc" and isinstance(choices, list) and choices else None
     return Score(task, metric, mean, n, error, part, chance=chance)

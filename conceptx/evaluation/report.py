@@ -67,16 +67,17 @@ class Report:
         from rich.table import Table
 
         table = Table(title=title, title_justify="left")
-        for column in ("task", "items", "metric", "N", "before", "after", "± s.e.", "chance"):
+        for column in ("task", "items", "metric", "N", "un-edited", "value", "± s.e.", "chance"):
             table.add_column(column, justify="left" if column in ("task", "items", "metric") else "right")
         for s in self.scores:
-            before, after = (None, s.value) if s.unedited is None else (s.unedited, s.value)
-            table.add_row(s.task, s.part, s.metric, str(s.n), *map(_number, (before, after, s.error, s.chance)))
+            numbers = map(_number, (s.unedited, s.value, s.error, s.chance))
+            table.add_row(s.task, s.part, s.metric, str(s.n), *numbers)
         return table
 
     def markdown(self) -> str:
         """The same table for a document."""
-        lines = ["| task | items | metric | N | before | after | s.e. | chance |", "|---|---|---|--:|--:|--:|--:|--:|"]
+        lines = ["| task | items | metric | N | un-edited | value | s.e. | chance |"]
+        lines += ["|---|---|---|--:|--:|--:|--:|--:|"]
         for s in self.scores:
             numbers = " | ".join(map(_number, (s.unedited, s.value, s.error, s.chance)))
             lines.append(f"| {s.task} | {s.part} | {s.metric} | {s.n} | {numbers} |")

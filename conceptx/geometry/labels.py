@@ -59,7 +59,9 @@ def _values(labels: Array | list, count: int) -> np.ndarray:
     if missing := sum(value is None or value != value for value in array.ravel().tolist()):
         raise ValueError(f"The labels hold {missing} NaN or missing entries of {array.size}; remove those rows.")
     if array.dtype.kind == "f" and np.isinf(array).any():
-        raise ValueError(f"The labels hold {int(np.isinf(array).sum())} infinite entries; remove those rows.")
+        raise ValueError(
+            f"The labels hold {np.isinf(array).sum()} NaN or infinite entries of {array.size}; remove those rows."
+        )
     return array
 
 

@@ -10,7 +10,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,9 +77,10 @@ class ELM(Eraser):
     max_tokens:        longer texts are cut.
     precision:         "no", or "bf16" for mixed precision; `accelerate launch --mixed_precision` works as well.
 
-    Different from the authors' code: the teachers are computed once, in batches of texts that share a persona
-    pair and keep it; gradients are averaged, not summed, over a batch; kept are the top_k entries of the retain teacher
-    and the mass of the rest. The licence-free text here is ours; the persona templates can be given by the concept.
+    Different from the authors' code: the teachers are computed once, in batches of texts that share a persona pair and
+    keep it; gradients are averaged, not summed, over a batch; of the retain teacher the top_k entries and the mass of
+    the rest are kept. The persona templates and the sentences that change the subject before a fluency text are ours; a
+    concept can bring its own personas.
     """
 
     layers: tuple[int, int] = (4, 8)
@@ -110,7 +111,12 @@ class ELM(Eraser):
             raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
         weights = (self.erase_weight, self.retain_weight, self.fluency_weight)
         if not (min(weights) >= 0 and 0 < max(weights) < math.inf):
-            raise ValueError(f"The weights must not be negative and one must be positive, got {weights}.")
+            raise ValueError(
+                "erase_weight, retain_weight and fluency_weight must not be negative and one of them must be positive, "
+                f"got {weights}."
+            )
+        if not 0 <= self.gradient_clip < math.inf:
+            raise ValueError(f"gradient_clip must not be negative, got {self.gradient_clip}.")
         if not (math.isfinite(self.eta) and math.isfinite(self.fluency_guidance or 0)):
             raise ValueError("eta and fluency_guidance must be finite.")
         if self.top_k is not None and self.top_k < 1:
@@ -149,8 +155,8 @@ class ELM(Eraser):
             teacher = Teacher(self, model, personas_of(concept), seed, accelerator)
             kinds = self._teachers(teacher, concept, folder and folder / f"teachers-{run}.safetensors")
             with inserted(model, adapter, seed) as student:
-                batches = _Batches(kinds, self._weights(), self.batch_size, seed, accelerator)
-                train(student, batches.of, self._loss, self._plan(run, seed, folder), accelerator)
+                steps = _Batches(kinds, self._weights(), self.batch_size, seed, accelerator)
+                train(student, steps.of, partial(self._loss, model.start), self._plan(run, seed, folder), accelerator)
                 deltas = low_rank_deltas(student, adapter)
         finally:
             model.module.to(home)
@@ -160,8 +166,7 @@ class ELM(Eraser):
         for name in ("texts", "retain_texts"):
             if not getattr(concept, name):
                 raise ValueError(f"ELM needs the concept's {name}; {concept.name!r} has none.")
-        if model.applied:
-            raise ValueError("An edit is in force on this model; undo it, or save the merged model and load that.")
+        model.require_unedited()
 
     def _plan(self, run: str, seed: int, folder: Path | None) -> Plan:
         return Plan(
@@ -173,10 +178,13 @@ class ELM(Eraser):
             checkpoint=None if folder is None else folder / "training.safetensors",
         )
 
-    def _loss(self, student: Any, part: tuple[Targets, float]) -> Tensor:
+    def _loss(self, begin: list[int], student: Any, part: tuple[Targets, float]) -> Tensor:
+        """The weighted loss of one kind of texts; `begin`: what the tokenizer puts before a text."""
         targets, weight = part
-        with torch.autocast(targets.ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = student(input_ids=targets.ids, attention_mask=targets.mask).logits
+        start = targets.ids.new_tensor(begin).expand(len(targets), -1)
+        ids, mask = torch.cat([start, targets.ids], 1), torch.cat([torch.ones_like(start), targets.mask], 1)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = student(input_ids=ids, attention_mask=mask).logits[:, len(begin) :]
         return weight * cross_entropy(logits, targets).mean()
 
     def _weights(self) -> dict[str, float]:
@@ -305,7 +313,9 @@ class Teacher:
         return self.accelerator.reduce(out.to(self.accelerator.device), "sum").tolist()
 
     def _sample_chunk(self, contexts: Rows, chunk: Sequence[int], guidance: float) -> Tensor:
-        rows = [[*prefix, *context] for prefix in ([], *self._personas(chunk)) for context in contexts]
+        rows = [
+            [*self.model.start, *prefix, *context] for prefix in ([], *self._personas(chunk)) for context in contexts
+        ]
         ids, mask = self.model.pad(rows, left=True)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         generator = torch.Generator(device=ids.device).manual_seed(self.seed * 100_003 + chunk[0])
@@ -399,6 +409,8 @@ def encode_prefixes(model: LanguageModel, prefixes: Sequence[str]) -> Rows:
 def _gaps(model: LanguageModel, texts: Sequence[str], personas: Personas) -> list[Tensor]:
     """log p_novice - log p_expert of the tokens of each text but its first, under each pair of prefixes in turn."""
     rows = [row for row in model.encode(texts, max_length=48) if len(row) > 1]
+    if not rows:
+        raise ValueError("The persona gap needs texts of more than one token.")
     novice, expert = (_likelihoods(model, rows, prefixes) for prefixes in (personas.novice, personas.expert))
     return [a - b for a, b in zip(novice, expert, strict=True)]
 

@@ -43,12 +43,14 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") ->
     if name == smollm2.NAME:
         model, tokenizer = smollm2.load(dtype or torch.float32)
         return wrap(model.to(device), tokenizer)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {name}.")
-    source = str(Path(name).expanduser())
+    source = str(folder) if folder.is_dir() else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # said aloud, since transformers asks on the terminal otherwise
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

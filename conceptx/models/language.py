@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from conceptx.edit import Dense, Edit, Fingerprint
 from conceptx.geometry import ConceptMap
 from conceptx.models.sites import Block, Site, block_of, block_sites
 from conceptx.store import replaced_folder
+
+_APPLIED: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 class LanguageModel:
@@ -35,14 +38,23 @@ class LanguageModel:
             raise ValueError("The model is quantised; load it in float32, bfloat16 or float16 to edit it.")
         self.module = module
         self.tokenizer = tokenizer
-        self.applied: list[Any] = []
+        self.applied: list[Any] = _APPLIED.setdefault(module, [])  # shared by all wrappers of one model
 
     # -- what is there -----------------------------------------------------------------------------------------
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Taken before the first edit and kept. Tied weights count once."""
+        """Taken before the first edit and kept. Tied weights count once.
+
+        Raises ValueError when it is asked for the first time with an edit in force.
+        """
+        self.require_unedited()
         return Fingerprint.of(self.module.config.model_type, self.module.named_parameters())
+
+    def require_unedited(self) -> None:
+        """Raises ValueError when an edit is in force."""
+        if self.applied:
+            raise ValueError("An edit is in force on this model; undo it, or save the merged model and load that.")
 
     @property
     def depth(self) -> int:
@@ -126,6 +138,12 @@ class LanguageModel:
         """GPT-2's Conv1D stores (in, out)."""
         return tensor.T if type(module).__name__ == "Conv1D" and tensor.ndim == 2 else tensor
 
+    @cached_property
+    def start(self) -> list[int]:
+        """The tokens that the tokenizer itself puts before a text (Gemma, Llama 3, Mistral: one; many others: none)."""
+        bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        return whole[: whole.index(bare[0])] if whole != bare else []
+
     # -- activations -------------------------------------------------------------------------------------------
 
     def install(self, site: str, concept_map: ConceptMap) -> Any:
@@ -140,16 +158,18 @@ class LanguageModel:
         """
         wanted = [self.site(name) for name in sites]
         for batch in batches(self.encode(texts), batch_size):
-            ids, mask = self.pad(batch)
-            yield self._record(ids, mask, wanted)
+            ids, mask = self.pad([[*self.start, *row] for row in batch])
+            texts_only = mask.clone()
+            texts_only[:, : len(self.start)] = 0
+            yield self._record(ids, mask, texts_only.bool(), wanted)
 
     @torch.no_grad()
-    def _record(self, ids: Tensor, mask: Tensor, sites: list[Site]) -> dict[str, Tensor]:
+    def _record(self, ids: Tensor, mask: Tensor, kept: Tensor, sites: list[Site]) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[Tensor], Tensor]:
             def look(x: Tensor) -> Tensor:
-                seen[name] = x[mask.bool()]
+                seen[name] = x[kept]
                 if len(seen) == len(sites):
                     raise _Enough
                 return x
@@ -176,7 +196,10 @@ class LanguageModel:
     # -- texts -------------------------------------------------------------------------------------------------
 
     def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
-        """Token ids of each text, without special tokens. Raises ValueError for an empty list or text."""
+        """Token ids of each text, without special tokens: whatever reads them puts `start` before them.
+
+        Raises ValueError for an empty list or text.
+        """
         if not len(texts):
             raise ValueError("No text was given.")
         if blank := [number for number, text in enumerate(texts) if not text.strip()]:
@@ -211,12 +234,13 @@ class LanguageModel:
         Returns (rows, last, vocabulary), aligned at the end: [:, -1] is the prediction after a row's last token.
         Entries before the beginning of a short row mean nothing.
         """
-        if len(prefix) and self._slides(len(prefix) + max(map(len, rows))):  # a window would count the padding between
+        prefix = [*self.start, *prefix]
+        if prefix and self._slides(len(prefix) + max(map(len, rows))):  # a window would count the padding between
             last = last or max(map(len, rows))
-            rows, prefix = [[*prefix, *row] for row in rows], ()
+            rows, prefix = [[*prefix, *row] for row in rows], []
         ids, mask = self.pad(rows, left=True)
         places = (mask.cumsum(1) - 1).clamp(min=0) + len(prefix)
-        cache = self._read(prefix, len(rows)) if len(prefix) else None
+        cache = self._read(prefix, len(rows)) if prefix else None
         with evaluating(self.module):
             out = self.module(
                 input_ids=ids,
@@ -263,9 +287,8 @@ class LanguageModel:
         self, prompts: Sequence[str], *, max_new_tokens: int = 40, seed: int | None = None, **options: Any
     ) -> list[str]:
         """Continuations of the prompts: greedy, or sampled when a seed is given. Options go to `transformers`."""
-        ids, mask = self.pad(self.encode(prompts), left=True)
-        for handle in self.applied:
-            options = {**handle.edit.generation, **options}
+        ids, mask = self.pad([[*self.start, *row] for row in self.encode(prompts)], left=True)
+        asked = {key: value for handle in self.applied for key, value in handle.edit.generation.items()}
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), evaluating(self.module):
             if seed is not None:
@@ -276,7 +299,7 @@ class LanguageModel:
                 max_new_tokens=max_new_tokens,
                 do_sample=seed is not None,
                 pad_token_id=self.tokenizer.pad_token_id or 0,
-                **options,
+                **{**asked, **options},
             )
         return self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
 
@@ -286,8 +309,9 @@ class LanguageModel:
         """Write the model with the edit merged into its weights, for plain `transformers`; the model itself stays.
 
         Maps are folded first. Raises ValueError when a map cannot be folded or the architecture has no place for a
-        bias that folding needs; then nothing is written.
+        bias that folding needs, or when an edit is in force; then nothing is written.
         """
+        self.require_unedited()
         folded = edit.fold(self)
         if folded.maps:
             raise ValueError(f"The maps at {sorted(folded.maps)[:3]} cannot be folded into weights.")
@@ -314,7 +338,10 @@ class LanguageModel:
             new -= inside
         if new:
             kind = self.module.config.model_type
-            raise ValueError(f"{kind} has no place for the bias {min(new)}; erase with a zero mean instead.")
+            raise ValueError(
+                f"{kind} has no place for the bias {min(new)}; erase with a zero mean instead (Subspace.linear), "
+                "or save the edit as it is."
+            )
         return switches, zeros
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -47,8 +48,11 @@ def train(
     """Minimise, step by step, the sum of `loss_of(student, part)` over the parts of a step.
 
     With several processes each computes its own share of every part and the gradients are averaged.
-    Raises ValueError when the checkpoint belongs to another run, FloatingPointError when the loss is not finite.
+    Raises ValueError when the checkpoint belongs to another run or float16 is asked for (its gradients would need
+    scaling), FloatingPointError when the loss is not finite.
     """
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("Mixed precision in float16 is not supported; use bf16 or none.")
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW([p for _, p in named], lr=plan.learning_rate, weight_decay=plan.weight_decay)
     start = _resume(plan, named, optimiser)
@@ -84,7 +88,7 @@ def _step(
                 loss = loss_of(student, part)
                 accelerator.backward(loss)
             total += float(loss.detach())
-    if total != total or total in (float("inf"), float("-inf")):
+    if not math.isfinite(total):
         raise FloatingPointError(f"The loss is not finite at step {step}; lower the learning rate or the guidance.")
     return total
 

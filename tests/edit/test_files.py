@@ -110,6 +110,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", no_second)
     with pytest.raises(OSError, match="no space left"), store.replaced_folder(folder) as temporary:
+        (temporary / "a").write_text("newest")
         (temporary / "b").write_text("newest")
     assert (folder / "a").read_text() == "new" and [*tmp_path.iterdir()] == [folder]
 

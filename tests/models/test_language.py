@@ -1,11 +1,13 @@
 """`LanguageModel` shows what the user's own model computes: sites, parameters, predictions, generations."""
 
+import copy
+
 import pytest
 import torch
 from hosts import ALL, GARDEN, METALS, logits, same, state, tiny, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conceptx import wrap
+from conceptx import Edit, wrap
 from conceptx.models import LanguageModel
 from conceptx.models.sites import ARCHITECTURES
 
@@ -298,3 +300,29 @@ def test_a_custom_llama_without_special_settings_is_wrapped_as_it_is():
     )
     module = LlamaForCausalLM(config)
     assert wrap(module, tokenizer()).module is module
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_gets_it_everywhere():
+    """Gemma and Llama 3: a text without its first token is none that the model was trained on."""
+    from tokenizers.processors import TemplateProcessing
+
+    model = tiny("llama")
+    begun = wrap(model.module, copy.deepcopy(model.tokenizer))
+    backend = begun.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 1)])
+    assert model.start == [] and begun.start == [1]
+    (row,) = model.encode(METALS[:1])
+    assert begun.encode(METALS[:1]) == [row]
+    with torch.no_grad():
+        whole = model.module(input_ids=torch.tensor([[1, *row]])).logits[0, 1:].log_softmax(-1)
+    torch.testing.assert_close(begun.predict([row])[0], whole, **ROUNDING)
+    (states,) = begun.record(METALS[:1], ["layers.1.output"])
+    assert len(states["layers.1.output"]) == len(row)
+
+
+def test_all_wrappers_of_a_model_know_the_edits_in_force():
+    model = tiny("llama")
+    other = wrap(model.module, model.tokenizer)
+    with Edit(model.fingerprint).applied(model), pytest.raises(ValueError, match="An edit is in force"):
+        other.require_unedited()
+    other.require_unedited()
