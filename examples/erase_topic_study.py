@@ -34,7 +34,7 @@ NONSENSE = Personas(
     expert=("This was written on a Monday with a blue pen.",),
     novice=("This was written on a Tuesday with a black pen.",),
 )
-STRENGTHS = (0.25, 0.5, 0.75, 1.25)
+STRENGTHS = (0.5, 0.75, 1.25, 1.5)
 KEY_SCORES = (
     ("target", "acc"),
     ("open", "exact_match"),
