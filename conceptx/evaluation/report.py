@@ -64,11 +64,12 @@ class Report:
 
     def table(self, title: str = "") -> Table:
         """A table for the terminal."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("task", "items", "metric", "N", "un-edited", "value", "± s.e.", "chance"):
-            table.add_column(column, justify="left" if column in ("task", "items", "metric") else "right")
+            table.add_column(column, justify="left" if column in ("task", "items", "metric") else "right", no_wrap=True)
         for s in self.scores:
             numbers = map(_number, (s.unedited, s.value, s.error, s.chance))
             table.add_row(s.task, s.part, s.metric, str(s.n), *numbers)
