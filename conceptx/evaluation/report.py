@@ -68,11 +68,13 @@ class Report:
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for column in ("task", "items", "metric", "N", "un-edited", "value", "± s.e.", "chance"):
-            table.add_column(column, justify="left" if column in ("task", "items", "metric") else "right", no_wrap=True)
+        for column in ("task", "metric"):
+            table.add_column(column, overflow="fold")
+        for column in ("N", "un-edited", "value", "± s.e.", "chance"):
+            table.add_column(column, justify="right", no_wrap=True)
         for s in self.scores:
             numbers = map(_number, (s.unedited, s.value, s.error, s.chance))
-            table.add_row(s.task, s.part, s.metric, str(s.n), *numbers)
+            table.add_row(s.task if s.part == "all" else f"  {s.part}", s.metric, str(s.n), *numbers)
         return table
 
     def markdown(self) -> str:
