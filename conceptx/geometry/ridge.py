@@ -51,7 +51,7 @@ class DenseMetric:
             return None
         identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-        # 1 / |L^-1|^2 is at most the smallest eigenvalue; pivots say nothing of it, a singular matrix can have large ones
+        # 1 / |L^-1|^2 is at most the smallest eigenvalue; the pivots of a singular matrix can be large
         smallest, largest = 1 / inverse.square().sum(), torch.linalg.matrix_norm(self._unit)
         return factor if smallest > torch.finfo(factor.dtype).eps ** 0.75 * largest else None
 
