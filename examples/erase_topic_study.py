@@ -2,7 +2,8 @@
 
 python examples/erase_topic_study.py chemical_elements --seeds 0 1 2 --out docs/results
 
-Settings (tasks/recipes/elm_smollm2.toml) were chosen on the dev halves of the questions; this scores the test halves.
+Settings (tasks/recipes/elm_smollm2.toml) come from runs scored on the dev halves of the questions; this scores the test
+halves.
 Runs that are already in the output folder are not repeated.
 """
 

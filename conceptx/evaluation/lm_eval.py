@@ -53,11 +53,6 @@ def evaluate(
         return _run(model, names, limit, batch_size, include_path, defaults).beside(unedited)
 
 
-def available_tasks(include_path: str | Path | None = None) -> list[str]:
-    """Names of all tasks and groups in a folder."""
-    return sorted(_manager(include_path, defaults=False).all_tasks)
-
-
 def _manager(include_path: str | Path | None, defaults: bool) -> Any:
     try:
         from lm_eval.tasks import TaskManager

@@ -77,15 +77,6 @@ class Report:
             table.add_row(s.task if s.part == "all" else f"  {s.part}", s.metric, str(s.n), *numbers)
         return table
 
-    def markdown(self) -> str:
-        """The same table for a document."""
-        lines = ["| task | items | metric | N | un-edited | value | s.e. | chance |"]
-        lines += ["|---|---|---|--:|--:|--:|--:|--:|"]
-        for s in self.scores:
-            numbers = " | ".join(map(_number, (s.unedited, s.value, s.error, s.chance)))
-            lines.append(f"| {s.task} | {s.part} | {s.metric} | {s.n} | {numbers} |")
-        return "\n".join(lines)
-
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
         content = {"scores": [asdict(s) for s in self.scores], "settings": dict(self.settings)}

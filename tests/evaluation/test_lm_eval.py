@@ -16,7 +16,7 @@ from conceptx.concept import Concept
 from conceptx.edit import Edit, LowRank
 from conceptx.evaluation.benchmark import Benchmark
 from conceptx.evaluation.fluency import fluency
-from conceptx.evaluation.lm_eval import available_tasks, evaluate
+from conceptx.evaluation.lm_eval import evaluate
 from conceptx.evaluation.report import Report, Score
 from conceptx.models import LanguageModel
 from conceptx.places import tasks_folder
@@ -125,7 +125,6 @@ def test_a_report_survives_saving(tmp_path: Path) -> None:
     report = Report((Score("a", "acc", 0.5, 4, 0.1, "seen", 0.75, 0.25),), {"limit": None})
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report
-    assert "0.750" in report.markdown()
 
 
 def test_a_benchmark_refuses_prompts_that_are_training_texts() -> None:
@@ -169,7 +168,3 @@ def test_the_plain_lm_eval_command_gives_the_same_accuracies(tmp_path: Path) -> 
         assert ours[task].value != ours[task].unedited
         # the adapter computes W x + B (A x), the applied edit (W + B A) x: rounding may flip one near-tie
         assert abs(theirs[task]["acc,none"] - ours[task].value) <= 1.01 / ours[task].n
-
-
-def test_the_library_has_its_tasks() -> None:
-    assert {"cx_chemical_elements", "cx_capitals", "cx_harry_potter"} <= set(available_tasks())
