@@ -1,0 +1,5 @@
+"""`python -m conceptx` is `conceptx`."""
+
+from conceptx.cli import main
+
+main()
