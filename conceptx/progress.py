@@ -71,3 +71,23 @@ def only_ours() -> None:
 
     no_model_bars()
     no_dataset_bars()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the bars of diffusers and transformers, and their notices on parts they do without, inside the block."""
+    from diffusers.utils import logging as pipelines
+    from transformers.utils import logging as models
+
+    level, bars = models.get_verbosity(), (models.is_progress_bar_enabled(), pipelines.is_progress_bar_enabled())
+    models.set_verbosity_error()
+    models.disable_progress_bar()
+    pipelines.disable_progress_bar()
+    try:
+        yield
+    finally:
+        models.set_verbosity(level)
+        if bars[0]:
+            models.enable_progress_bar()
+        if bars[1]:
+            pipelines.enable_progress_bar()

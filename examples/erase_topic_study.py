@@ -25,9 +25,9 @@ from conceptx.demo.language import fast_dtype, recipe
 from conceptx.evaluation.benchmark import Benchmark
 from conceptx.methods.elm import persona_gap
 from conceptx.models import LanguageModel
+from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.places import tasks_folder
 from conceptx.progress import shown
-from conceptx.train.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.train.loop import Plan, train
 from conceptx.train.targets import Targets, cross_entropy
 

@@ -22,9 +22,9 @@ from conceptx.edit import Edit
 from conceptx.eraser import Eraser, provenance
 from conceptx.geometry import steer
 from conceptx.models import LanguageModel, batches, evaluating
+from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.progress import track
 from conceptx.store import load_tensors, save_tensors
-from conceptx.train.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.train.loop import Plan, train
 from conceptx.train.targets import Targets, cross_entropy
 
@@ -166,7 +166,7 @@ class ELM(Eraser):
         for name in ("texts", "retain_texts"):
             if not getattr(concept, name):
                 raise ValueError(f"ELM needs the concept's {name}; {concept.name!r} has none.")
-        model.require_unedited()
+        self._accept(model)
 
     def _plan(self, run: str, seed: int, folder: Path | None) -> Plan:
         return Plan(

@@ -25,7 +25,10 @@ class Plan:
     """How to optimise. A step's data must be a function of its number alone, so that a resumed run is the same run.
 
     run:        identifies settings, data and seed; a checkpoint of another run is refused.
+    schedule:   the learning rate's factor as a function of the share of the steps done; None: 1 throughout.
+    average:    decay of a running average of the parameters, which the student holds at the end; None: no average.
     checkpoint: a safetensors file, written every `checkpoint_every` steps and after the last; None: none.
+    what:       what the progress bar says.
     """
 
     steps: int
@@ -33,9 +36,13 @@ class Plan:
     seed: int
     run: str
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
     gradient_clip: float = 1.0
+    schedule: Callable[[float], float] | None = None
+    average: float | None = None
     checkpoint: Path | None = None
     checkpoint_every: int = 50
+    what: str = "training"
 
 
 def train(
@@ -54,20 +61,36 @@ def train(
     if accelerator.mixed_precision == "fp16":
         raise ValueError("Mixed precision in float16 is not supported; use bf16 or none.")
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW([p for _, p in named], lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    start = _resume(plan, named, optimiser)
+    parameters = [p for _, p in named]
+    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, betas=plan.betas, weight_decay=plan.weight_decay)
+    average = None if plan.average is None else [p.detach().clone() for p in parameters]
+    start = _resume(plan, named, optimiser, average)
     prepared = accelerator.prepare_model(student)
-    prepared.train()
-    for step in range(start, plan.steps):
-        loss = _step(prepared, parts_of(step), loss_of, plan, step, accelerator)
-        if plan.gradient_clip:
-            accelerator.clip_grad_norm_([p for _, p in named], plan.gradient_clip)
-        optimiser.step()
-        optimiser.zero_grad()
-        report("training", step + 1, plan.steps, f"loss {loss:.3f}")
-        if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
-            _checkpoint(plan, named, optimiser, step + 1, accelerator)
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    try:
+        prepared.train()
+        for step in range(start, plan.steps):
+            if plan.schedule is not None:
+                optimiser.param_groups[0]["lr"] = plan.learning_rate * plan.schedule(step / plan.steps)
+            loss = _step(prepared, parts_of(step), loss_of, plan, step, accelerator)
+            if plan.gradient_clip:
+                accelerator.clip_grad_norm_(parameters, plan.gradient_clip)
+            optimiser.step()
+            optimiser.zero_grad()
+            _follow(average, parameters, plan.average, step)
+            report(plan.what, step + 1, plan.steps, f"loss {loss:.4g}")
+            if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
+                _checkpoint(plan, named, optimiser, average, step + 1, accelerator)
+    finally:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    if average is not None:
+        torch._foreach_copy_([p.detach() for p in parameters], average)
+
+
+def _follow(average: list[Tensor] | None, parameters: Sequence[nn.Parameter], decay: float | None, step: int) -> None:
+    """One step of the running average; it forgets faster while it is young."""
+    if average is not None and decay is not None:
+        now = [parameter.detach() for parameter in parameters]
+        torch._foreach_lerp_(average, now, 1 - min(decay, (step + 1) / (step + 10)))
 
 
 def _step(
@@ -101,7 +124,12 @@ def _mix(*numbers: int) -> int:
     return seed
 
 
-def _resume(plan: Plan, named: Sequence[tuple[str, nn.Parameter]], optimiser: torch.optim.Optimizer) -> int:
+def _resume(
+    plan: Plan,
+    named: Sequence[tuple[str, nn.Parameter]],
+    optimiser: torch.optim.Optimizer,
+    average: Sequence[Tensor] | None,
+) -> int:
     """Load the checkpoint, if there is one, and return the number of steps done."""
     if plan.checkpoint is None or not plan.checkpoint.is_file():
         return 0
@@ -111,8 +139,10 @@ def _resume(plan: Plan, named: Sequence[tuple[str, nn.Parameter]], optimiser: to
         raise ValueError(f"{plan.checkpoint} is the checkpoint of another run; delete it or write somewhere else.")
     done = int(tensors.pop("step"))
     with torch.no_grad():
-        for name, parameter in named:
+        for number, (name, parameter) in enumerate(named):
             parameter.copy_(tensors[f"parameter:{name}"])
+            if average is not None:
+                average[number].copy_(tensors[f"average:{name}"])
             optimiser.state[parameter] = {
                 "step": torch.tensor(float(done)),
                 "exp_avg": tensors[f"exp_avg:{name}"].to(parameter.device),
@@ -126,13 +156,16 @@ def _checkpoint(
     plan: Plan,
     named: Sequence[tuple[str, nn.Parameter]],
     optimiser: torch.optim.Optimizer,
+    average: Sequence[Tensor] | None,
     done: int,
     accelerator: Any,
 ) -> None:
     if plan.checkpoint is None or not accelerator.is_main_process:
         return
     tensors = {"run": torch.tensor(list(plan.run.encode()), dtype=torch.uint8), "step": torch.tensor(done)}
-    for name, parameter in named:
+    for number, (name, parameter) in enumerate(named):
+        if average is not None:
+            tensors[f"average:{name}"] = average[number]
         state = optimiser.state[parameter]
         tensors[f"parameter:{name}"] = parameter
         tensors |= {f"{key}:{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}

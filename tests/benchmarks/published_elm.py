@@ -15,7 +15,7 @@ import torch
 from conceptx.concept import Concept
 from conceptx.methods.elm import ELM, encode_prefixes, personas_of
 from conceptx.models import LanguageModel
-from conceptx.train.adapters import Adapter, inserted, linear_modules
+from conceptx.models.adapters import Adapter, inserted, linear_modules
 
 ACCUMULATION = 4
 

@@ -146,3 +146,29 @@ def test_progress_is_reported_after_every_step():
         trained()
     assert [(what, done, total) for what, done, total, _ in heard] == [("training", n, 7) for n in range(1, 8)]
     assert all(note.startswith("loss ") for *_, note in heard)
+
+
+def test_the_schedule_scales_the_learning_rate_of_each_step():
+    """A rate of zero after the first half of the steps leaves the parameters where the half plan ends."""
+    half = trained(replace(PLAN, steps=3, schedule=lambda done: 1.0))
+    stopped = trained(replace(PLAN, steps=6, schedule=lambda done: float(done < 0.5)))
+    assert same(half, stopped) and same(half, trained(replace(PLAN, steps=3)))
+
+
+def test_the_average_is_the_running_mean_of_the_parameters():
+    plan = replace(PLAN, average=0.3)
+    states = [trained(replace(PLAN, steps=steps)) for steps in range(1, PLAN.steps + 1)]
+    expected = {name: tensor.clone() for name, tensor in network().state_dict().items()}
+    for step, state in enumerate(states):
+        decay = min(0.3, (step + 1) / (step + 10))
+        expected = {name: decay * expected[name] + (1 - decay) * state[name] for name in expected}
+    for name, tensor in trained(plan).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)  # float32 sums in another order
+
+
+def test_a_stopped_run_goes_on_with_its_average(tmp_path):
+    plan = replace(PLAN, average=0.5, checkpoint=tmp_path / "average.safetensors")
+    whole = trained(replace(plan, checkpoint=None))
+    with pytest.raises(InterruptedError):
+        trained(plan, stop_at(5))
+    assert same(whole, trained(plan))

@@ -1,4 +1,4 @@
-"""LoRA adapters through peft, put into a language model for the length of a training and taken out again."""
+"""LoRA adapters through peft, put into a model for the length of a training and taken out again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any
 import torch
 
 from conceptx.edit import LowRank
-from conceptx.models import LanguageModel
+from conceptx.models.diffusion import DiffusionModel
+from conceptx.models.language import LanguageModel
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: its rank and scaling numerator, its dropout, and the modules it sits on."""
+    """A LoRA adapter: its rank and scaling numerator, its dropout, and the linear layers it sits on.
+
+    modules: paths inside the model; those of a pipeline begin with the component ("unet.…").
+    """
 
     rank: int
     alpha: float
@@ -37,16 +41,24 @@ def linear_modules(model: LanguageModel, layers: tuple[int, int]) -> tuple[str, 
 
 
 @contextmanager
-def inserted(model: LanguageModel, adapter: Adapter, seed: int) -> Iterator[Any]:
-    """The peft model with a fresh adapter on the user's model; on exit the model is as it was, bit for bit."""
+def inserted(model: LanguageModel | DiffusionModel, adapter: Adapter, seed: int) -> Iterator[Any]:
+    """The peft model with a fresh adapter on the user's model; on exit the model is as it was, bit for bit.
+
+    Inside the block the adapter is in force in the wrapped model too: `model.predict` is the student. The peft model
+    of a pipeline has no `forward`, since denoiser and text encoders are called each on its own.
+    Raises ValueError, before anything is changed, when a path is no linear layer of the model.
+    """
     from peft import LoraConfig, get_peft_model
+
+    if wrong := [path for path in adapter.modules if not _is_linear(model, path)]:
+        raise ValueError(f"{wrong[0]!r} is no linear layer of the model, an adapter cannot sit on it.")
 
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=list(adapter.modules),
-        fan_in_fan_out=model.module.config.model_type == "gpt2",
+        fan_in_fan_out=isinstance(model, LanguageModel) and model.module.config.model_type == "gpt2",
     )
     wanted_gradient = [(p, p.requires_grad) for p in model.module.parameters()]
     training = [(module, module.training) for module in model.module.modules()]
@@ -75,3 +87,10 @@ def low_rank_deltas(student: Any, adapter: Adapter) -> dict[str, LowRank]:
 
 def _weight(pair: Any) -> torch.Tensor:
     return pair["default"].weight.detach().float().cpu()
+
+
+def _is_linear(model: LanguageModel | DiffusionModel, path: str) -> bool:
+    try:
+        return model.takes_adapter(f"{path}.weight")
+    except KeyError:
+        return False

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hosts import ALL, logits, same, state, tiny
+from hosts import ALL, METALS, PIPELINES, logits, same, state, tiny, tiny_pipeline
 
 from conceptx import Edit
-from conceptx.train.adapters import Adapter, inserted, linear_modules, low_rank_deltas
+from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 
 
 def adapter_for(model, layers=(1, 2)):
@@ -99,3 +99,77 @@ def test_the_seed_starts_the_adapter_and_leaves_the_users_random_state():
 def test_layers_outside_the_model_are_refused(layers):
     with pytest.raises(ValueError, match="not a range inside the model's 3 layers"):
         linear_modules(tiny(), layers)
+
+
+# -- pipelines -----------------------------------------------------------------------------------------------------
+
+
+def pipeline_adapter(model):
+    """On the layers that read the text, one other of the denoiser, and one of a text encoder."""
+    linear = [name.removesuffix(".weight") for name, _ in model.module.named_parameters() if model_takes(model, name)]
+    other = next(path for path in linear if path.startswith(model.denoiser_name) and path not in model.projections)
+    encoder = next(path for path in linear if path.startswith("text_encoder."))
+    return Adapter(2, 6.0, 0.0, (*model.projections, other, encoder))
+
+
+def model_takes(model, name):
+    return name.endswith(".weight") and model.takes_adapter(name)
+
+
+def noise(model):
+    with torch.no_grad():
+        return model.predict(model.noise([0, 1]), 500, model.encode([METALS[0][:20], "a cat"]), guidance=2.0)
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("crash", [False, True])
+def test_on_exit_a_pipeline_is_what_it_was(kind, crash):
+    model = tiny_pipeline(kind)
+    model.denoiser.train()
+    next(model.module.parameters()).requires_grad_(False)
+    said = noise(model)  # first, since a text encoder keeps hooks of its own from its first call on
+    before, about = state(model), everything_about(model)
+    try:
+        with inserted(model, pipeline_adapter(model), 0) as student:
+            assert torch.equal(noise(model), said)  # a fresh adapter changes nothing
+            set_at_random(student)
+            if crash:
+                raise InterruptedError
+    except InterruptedError:
+        pass
+    assert same(before, state(model)) and everything_about(model) == about and torch.equal(noise(model), said)
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_inside_the_block_the_wrapped_pipeline_is_the_student_and_its_teacher(kind):
+    model = tiny_pipeline(kind)
+    adapter, said = pipeline_adapter(model), noise(model)
+    with inserted(model, adapter, 0) as student:
+        set_at_random(student)
+        wanted = noise(model)
+        with student.disable_adapter():
+            assert torch.equal(noise(model), said)
+        trained = {name.split(".lora_")[0] for name, p in student.named_parameters() if p.requires_grad}
+        assert {name.removeprefix("base_model.model.") for name in trained} == set(adapter.modules)
+        prompts = model.encode(["tin"])
+        model.predict(model.noise([0]), 500, prompts).square().mean().backward()
+        layer = student.base_model.model.get_submodule(adapter.modules[0])
+        assert layer.lora_B["default"].weight.grad.abs().sum() > 0
+        deltas = low_rank_deltas(student, adapter)
+    assert (wanted - said).abs().max() > 0.01
+    assert deltas.keys() == {f"{path}.weight" for path in adapter.modules}
+    with Edit(model.fingerprint, deltas=deltas).applied(model):
+        # W x + B (A x) against (W + B A) x in float32, on noise of size 1
+        torch.testing.assert_close(noise(model), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["unet.conv_in", "conv_in", "unet.down_blocks.9.to_k", ""])
+def test_a_path_that_is_no_linear_layer_is_refused_before_anything_is_changed(path):
+    model = tiny_pipeline("sd1")
+    before, about = state(model), everything_about(model)
+    with (
+        pytest.raises(ValueError, match=f"{path!r} is no linear layer"),
+        inserted(model, Adapter(2, 2.0, 0.0, (*model.projections, path)), 0),
+    ):
+        pass
+    assert same(before, state(model)) and everything_about(model) == about
