@@ -45,8 +45,7 @@ def _fold_into(deltas: dict[str, Delta], model: Host, reader: str, maps: tuple[C
 def _current(model: Host, deltas: Mapping[str, Delta], name: str) -> torch.Tensor:
     weight = model.parameter(name)
     assert weight is not None  # only biases may be absent
-    weight = weight.detach().double()
-    return deltas[name].added_to(weight) if name in deltas else weight
+    return deltas[name].added_to(weight.detach().double()) if name in deltas else weight.detach()
 
 
 def _accumulate(deltas: dict[str, Delta], name: str, delta: Delta) -> None:

@@ -1,6 +1,7 @@
 """The geometry every method shares: tensors in, tensors out; float64 inside; torch only."""
 
 from conceptx.geometry.arrays import Array
+from conceptx.geometry.closed_form import WeightedRows, capped, replacement, weighted_dual
 from conceptx.geometry.fantope import project_fantope, waterfill
 from conceptx.geometry.map import ConceptMap
 from conceptx.geometry.moments import Moments
@@ -17,10 +18,14 @@ __all__ = [
     "Moments",
     "RetainMetric",
     "Subspace",
+    "WeightedRows",
+    "capped",
     "dual",
     "project_fantope",
+    "replacement",
     "shrink",
     "steer",
     "waterfill",
+    "weighted_dual",
     "whitening",
 ]

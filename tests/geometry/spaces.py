@@ -39,6 +39,17 @@ def make(seed: int, d: int, k: int, oblique: bool) -> Subspace:
     return Subspace.orthogonal(basis, mean)
 
 
+def rounding(space: Subspace) -> dict[str, float]:
+    """Tolerances for what follows from L K = I, for points of norm about 10.
+
+    L solves the normal equations K'G^-1 K, whose condition is the SQUARE of the basis' own, which |K| |L| bounds up to
+    the metric's; a square random basis may reach 1e4. So L K misses I by epsilon (|K| |L|)^2, and the identities as
+    well, times the condition of G (below 1e3) and the points' norm.
+    """
+    size = float(torch.linalg.matrix_norm(space.basis, 2) * torch.linalg.matrix_norm(space.dual, 2))
+    return {"rtol": 1e-10, "atol": 1e4 * torch.finfo(torch.float64).eps * size**2}
+
+
 @st.composite
 def subspaces(draw: st.DrawFn, *, proper: bool = True) -> Subspace:
     d = draw(st.integers(2, 12))

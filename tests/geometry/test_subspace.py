@@ -1,33 +1,37 @@
 import numpy as np
 import pytest
 import torch
-from geometry.spaces import CLOSE, make, random, seeds, subspaces
-from hypothesis import given
+from geometry.spaces import make, random, rounding, seeds, subspaces
+from hypothesis import example, given
 from scipy.linalg import subspace_angles
 
 from conceptx.geometry import Subspace
 
+ILL = make(9649, 10, 10, oblique=True)  # a square basis of condition 2.5e4
+
 
 @given(subspaces(proper=False))
+@example(ILL)
 def test_dual_is_a_dual(space):
-    torch.testing.assert_close(space.dual @ space.basis, torch.eye(space.rank, dtype=torch.float64), **CLOSE)
+    torch.testing.assert_close(space.dual @ space.basis, torch.eye(space.rank, dtype=torch.float64), **rounding(space))
 
 
 @given(subspaces(proper=False), seeds)
+@example(ILL, 9656)
 def test_removal_is_idempotent_and_keeps_the_mean(space, seed):
     x = random(seed, 7, space.dim)
-    once = space.remove(x)
-    torch.testing.assert_close(space.remove(once), once, **CLOSE)
-    torch.testing.assert_close(space.remove(space.mean), space.mean, **CLOSE)
-    torch.testing.assert_close(space.coordinates(once), torch.zeros(7, space.rank, dtype=torch.float64), **CLOSE)
+    once, close = space.remove(x), rounding(space)
+    torch.testing.assert_close(space.remove(once), once, **close)
+    assert torch.equal(space.remove(space.mean), space.mean)
+    assert float(space.coordinates(once).norm()) <= close["atol"] * max(1, float(space.dual.norm()))  # L amplifies x
 
 
 @given(subspaces(), seeds)
 def test_keep_and_remove_add_up_and_swap_in_the_complement(space, seed):
-    x, rest = random(seed, 5, space.dim), space.complement()
-    torch.testing.assert_close(space.keep(x) + space.remove(x) - space.mean, x, **CLOSE)
-    torch.testing.assert_close(rest.keep(x), space.remove(x), **CLOSE)
-    torch.testing.assert_close(rest.remove(x), space.keep(x), **CLOSE)
+    x, rest, close = random(seed, 5, space.dim), space.complement(), rounding(space)
+    torch.testing.assert_close(space.keep(x) + space.remove(x) - space.mean, x, **close)
+    torch.testing.assert_close(rest.keep(x), space.remove(x), **close)
+    torch.testing.assert_close(rest.remove(x), space.keep(x), **close)
     assert rest.rank == space.dim - space.rank
 
 
@@ -36,7 +40,7 @@ def test_replace_writes_the_other_basis(space, seed):
     other = make(seed, space.dim, space.rank, oblique=False)
     x = random(seed + 3, 4, space.dim)
     expected = space.remove(x) + space.coordinates(x) @ other.basis.T
-    torch.testing.assert_close(space.replace(other)(x), expected, **CLOSE)
+    torch.testing.assert_close(space.replace(other)(x), expected, **rounding(space))
 
 
 @given(subspaces(proper=False), seeds)
