@@ -118,6 +118,20 @@ class Edit:
 
         export_peft(self, Path(folder), model)
 
+    def export_diffusers_lora(self, path: str | Path, model: Host | None = None, *, rank: int | None = None) -> None:
+        """Write one safetensors file that plain `diffusers` loads: `pipe.load_lora_weights(path)`.
+
+        path:  a file that ends in .safetensors, or a folder in which the file gets the name that diffusers looks for.
+        model: given, every name and shape is checked on it.
+        rank:  a dense change of a linear layer is cut to this rank (its largest singular values); None: refused.
+        `pipe.set_adapters([name], adapter_weights=[s])` then does what `edit * s` does.
+        Raises ValueError when a part of the edit is no low-rank weight change (maps: fold them first), or changes a
+        layer of which diffusers reads no LoRA.
+        """
+        from conceptx.edit.export import export_diffusers_lora
+
+        export_diffusers_lora(self, Path(path), model, rank)
+
     def describe(self) -> str:
         """One line: what made it and how much it changes."""
         made = " + ".join(f"{p.get('method', '?')}({p.get('concept', '?')})" for p in self.provenance) or "edit"

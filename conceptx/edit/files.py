@@ -120,5 +120,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # only a clone has plain strides: a "contiguous" transposed row may not have them
+        row = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+        digest.update(row.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,6 +1,8 @@
 """Thin wrappers around the user's own models."""
 
 from conceptx.models.base import Model, load, wrap
-from conceptx.models.language import LanguageModel, batches, evaluating
+from conceptx.models.diffusion import DiffusionModel, Prompts
+from conceptx.models.language import LanguageModel, batches
+from conceptx.models.modes import evaluating
 
-__all__ = ["LanguageModel", "Model", "batches", "evaluating", "load", "wrap"]
+__all__ = ["DiffusionModel", "LanguageModel", "Model", "Prompts", "batches", "evaluating", "load", "wrap"]

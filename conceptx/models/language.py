@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 from conceptx.edit import Dense, Edit, Fingerprint
 from conceptx.geometry import ConceptMap
+from conceptx.models import parameters
+from conceptx.models.modes import evaluating
 from conceptx.models.sites import Block, Site, block_of, block_sites
 from conceptx.store import replaced_folder
 
@@ -70,7 +71,7 @@ class LanguageModel:
     def site(self, name: str) -> Site:
         """The site of that name. Raises KeyError that names similar ones."""
         if name not in self.sites:
-            raise KeyError(f"There is no site {name!r}; {_similar(name, self.sites)}.")
+            raise KeyError(f"There is no site {name!r}; {parameters.similar(name, self.sites)}.")
         return self.sites[name]
 
     def readers(self, site: str) -> tuple[str, ...]:
@@ -94,49 +95,21 @@ class LanguageModel:
 
         Raises KeyError that names similar parameters.
         """
-        module, leaf = self._owner(name)
-        live = getattr(module, leaf)
-        return live if live is None else self._oriented(module, live.data)
+        return parameters.parameter(self.module, name)
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
         """The shape in (out, in), also of an absent bias."""
-        module, leaf = self._owner(name)
-        live = getattr(module, leaf)
-        return tuple(self._oriented(module, live).shape if live is not None else module.weight.shape[:1])
+        return parameters.parameter_shape(self.module, name)
 
     def add_bias(self, name: str, value: Tensor) -> None:
-        module, leaf = self._owner(name)
-        weight = module.weight
-        setattr(module, leaf, nn.Parameter(value.to(weight.device, weight.dtype), requires_grad=False))
+        parameters.add_bias(self.module, name, value)
 
     def drop_bias(self, name: str) -> None:
-        module, leaf = self._owner(name)
-        setattr(module, leaf, None)
-
-    def _owner(self, name: str) -> tuple[Any, str]:
-        path, _, leaf = name.rpartition(".")
-        try:
-            module = self.module.get_submodule(path)
-        except AttributeError:
-            module = None
-        known = module is not None and isinstance(getattr(module, leaf, None), nn.Parameter)
-        absent_bias = isinstance(module, nn.Linear) and leaf == "bias"
-        if not (known or absent_bias):
-            names = [n for n, _ in self.module.named_parameters()]
-            raise KeyError(f"There is no parameter {name!r}; {_similar(name, names)}.")
-        return module, leaf
+        parameters.drop_bias(self.module, name)
 
     def takes_adapter(self, name: str) -> bool:
         """Whether the parameter is the weight of a linear layer that shares it with no other module."""
-        module, leaf = self._owner(name)
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        every = self.module.named_parameters(remove_duplicate=False)
-        return linear and leaf == "weight" and sum(p is module.weight for _, p in every) == 1
-
-    @staticmethod
-    def _oriented(module: nn.Module, tensor: Tensor) -> Tensor:
-        """GPT-2's Conv1D stores (in, out)."""
-        return tensor.T if type(module).__name__ == "Conv1D" and tensor.ndim == 2 else tensor
+        return parameters.takes_adapter(self.module, name)
 
     @cached_property
     def start(self) -> list[int]:
@@ -358,18 +331,6 @@ def _set(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
             setattr(config, name, value)
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout for the length of a block; on exit every submodule is in the mode it was in."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 class _Enough(Exception):
     """Ends a forward pass once everything asked for has been seen."""
 
@@ -377,12 +338,6 @@ class _Enough(Exception):
 def _on_first(function: Callable[[Tensor], Tensor], output: Any) -> Any:
     """Some layers give a tuple whose first entry is the activation."""
     return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
-
-
-def _similar(name: str, names: Iterable[str]) -> str:
-    known = list(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-    return f"similar: {', '.join(near)}" if near else f"available: {', '.join(known[:5])}, ..."
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -16,12 +16,14 @@ class Site:
     module:  path of the hooked module.
     side:    whether its input or its output is the activation.
     readers: paths of the linear layers that read this activation and nothing else does (empty: not foldable).
+    argument: which input it is, by its keyword (None: the first).
     """
 
     name: str
     module: str
     side: Literal["input", "output"]
     readers: tuple[str, ...] = ()
+    argument: str | None = None
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,19 @@ def test_the_folder_holds_one_json_and_one_safetensors_also_after_a_second_save(
     assert torch.equal(says(model, Edit.load(tmp_path)), says(model, an_edit(model, 1)))
 
 
+def test_tensors_of_odd_strides_are_saved(tmp_path):
+    """A transposed row is contiguous for PyTorch, yet its last stride is not one; nor is that of a corner."""
+    model, name = tiny(), "model.layers.0.mlp.up_proj.weight"
+    for up in (normal(1, 48).T, normal(48, 2)[:, 1:]):
+        edit = Edit(model.fingerprint, deltas={name: LowRank(up, normal(1, 32))})
+        edit.save(tmp_path)
+        assert torch.equal(says(model, Edit.load(tmp_path)), says(model, edit))
+        assert files._digest({"up": up}) == files._digest({"up": up.clone(memory_format=torch.contiguous_format)})
+    corner = Dense(normal(6, 6).T[:1, :1])
+    Edit(model.fingerprint, deltas={"a.weight": corner}).save(tmp_path)
+    assert torch.equal(Edit.load(tmp_path).deltas["a.weight"].change, corner.change)
+
+
 def broken(*_args, **_kwargs):
     raise OSError("no space left on device")
 

@@ -1,0 +1,529 @@
+"""`DiffusionModel`: a thin wrapper around any text-to-image pipeline of `diffusers` whose denoiser is in the table."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from conceptx.edit import Edit, Fingerprint
+from conceptx.geometry import ConceptMap
+from conceptx.models import parameters
+from conceptx.models.diffusion_sites import Denoiser, denoiser_of, hook_argument, text_encoders, text_sites
+from conceptx.models.modes import evaluating
+from conceptx.models.schedule import Schedule, as_timesteps
+from conceptx.models.sites import Site
+from conceptx.progress import track
+from conceptx.store import replaced_folder
+
+_APPLIED: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+EMBEDDED_GUIDANCE = 3.5  # what FluxPipeline gives a guidance-distilled denoiser
+ENCODED_AT_ONCE = 64  # prompts in one call of the text encoders
+T5_TOKENIZERS = ("tokenizer_3", "tokenizer_2")  # SD 3, FLUX
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """n encoded prompts: what the denoiser is given of them, and where in it their words stand.
+
+    Rows of `states` are tokens: perhaps a begin token, then the content from `first` on, at `end` the end-of-text
+    token, then padding. The subject of a name is its LAST content token, row `end - 1`. The empty prompt has no
+    content: `first == end`. With several text encoders the rows count in the tokens that come first in `states`
+    (SD 3: CLIP; FLUX: T5).
+
+    texts:  the prompts.
+    states: (n, length, d), what the site "text" carries.
+    pooled: (n, p), what the site "pooled" carries; None where the architecture has none.
+    first:  (n,) row of the first content token.
+    end:    (n,) row of the end-of-text token.
+    """
+
+    texts: tuple[str, ...]
+    states: Tensor
+    pooled: Tensor | None
+    first: Tensor
+    end: Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def subject(self) -> Tensor:
+        """(n, d): the row of each prompt's last content token; for "" that of the end-of-text token."""
+        rows = torch.where(self.end > self.first, self.end - 1, self.end)
+        return self.states[torch.arange(len(self), device=self.states.device), rows.to(self.states.device)]
+
+    def select(self, index: Sequence[int] | Tensor) -> Prompts:
+        """These of the prompts, in this order; a number may come more than once."""
+        places = torch.as_tensor(index, dtype=torch.long).cpu()
+        here = places.to(self.states.device)
+        return Prompts(
+            tuple(self.texts[i] for i in places.tolist()),
+            self.states[here],
+            None if self.pooled is None else self.pooled[here],
+            self.first[places.to(self.first.device)],
+            self.end[places.to(self.end.device)],
+        )
+
+    def repeat(self, count: int) -> Prompts:
+        """Every prompt `count` times, copies side by side."""
+        return self.select([i for i in range(len(self)) for _ in range(count)])
+
+    def __add__(self, other: Prompts) -> Prompts:
+        """These prompts, then the others."""
+        return Prompts(
+            self.texts + other.texts,
+            torch.cat([self.states, other.states]),
+            None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled]),
+            torch.cat([self.first, other.first]),
+            torch.cat([self.end, other.end]),
+        )
+
+
+class DiffusionModel:
+    """The user's own pipeline, with named sites, parameters by component and one convention for tokens and noise.
+
+    pipeline:      the `diffusers` pipeline; it is never copied or replaced.
+    denoiser:      its U-Net or transformer.  denoiser_name: "unet" or "transformer".
+    module:        denoiser and text encoders under one roof; parameters are named "unet.…", "text_encoder.…".
+    guidance:      strength of the guidance where `generate` is given none (None: the pipeline's own default).
+    applied:       the edits in force, the latest last.
+
+    Raises ValueError when the denoiser or a text encoder is unknown, when nothing reads the text, when the pipeline
+    needs an image, when it is quantised, or when LoRA layers are loaded into it.
+    """
+
+    def __init__(self, pipeline: Any, *, guidance: float | None = None) -> None:
+        self.architecture: Denoiser = denoiser_of(pipeline)
+        self._schedule = Schedule.of(pipeline.scheduler)
+        self.pipeline = pipeline
+        self.guidance = guidance
+        self.denoiser_name = self.architecture.component
+        self.denoiser: Any = getattr(pipeline, self.denoiser_name)
+        self.module = nn.ModuleDict({self.denoiser_name: self.denoiser, **text_encoders(pipeline)})
+        _refuse_changed(self.module)
+        self.sites: dict[str, Site] = {site.name: site for site in text_sites(self.architecture, self.denoiser)}
+        self.applied: list[Any] = _APPLIED.setdefault(self.denoiser, [])  # shared by all wrappers of one pipeline
+
+    # -- what is there -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Taken before the first edit and kept: over the denoiser and the text encoders.
+
+        Raises ValueError when it is asked for the first time with an edit in force.
+        """
+        self.require_unedited()
+        return Fingerprint.of(type(self.denoiser).__name__, self.module.named_parameters())
+
+    def require_unedited(self) -> None:
+        """Raises ValueError when an edit is in force."""
+        if self.applied:
+            raise ValueError("An edit is in force on this pipeline; undo it first.")
+
+    def site(self, name: str) -> Site:
+        """The site of that name. Raises KeyError that names similar ones."""
+        if name not in self.sites:
+            raise KeyError(f"There is no site {name!r}; {parameters.similar(name, self.sites)}.")
+        return self.sites[name]
+
+    def readers(self, site: str) -> tuple[str, ...]:
+        return self.site(site).readers
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The linear layers that read the token rows, with the component before their path."""
+        return self.readers("text")
+
+    def width(self, site: str) -> int:
+        """The dimension of the rows at a site."""
+        if readers := self.readers(site):
+            return self.parameter_shape(f"{readers[0]}.weight")[1]
+        config = self.denoiser.config  # the pooled vector of SDXL stands beside six embedded numbers
+        return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels of the pipeline's scheduler, which the user may have changed."""
+        if self._schedule.config != dict(self.pipeline.scheduler.config):
+            self._schedule = Schedule.of(self.pipeline.scheduler)
+        return self._schedule
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    # -- parameters, always (out, in) --------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The live parameter as a view in (out, in); None for a bias that a linear layer has not.
+
+        Raises KeyError that names similar parameters.
+        """
+        return parameters.parameter(self.module, name)
+
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """The shape in (out, in), also of an absent bias."""
+        return parameters.parameter_shape(self.module, name)
+
+    def add_bias(self, name: str, value: Tensor) -> None:
+        parameters.add_bias(self.module, name, value)
+
+    def drop_bias(self, name: str) -> None:
+        parameters.drop_bias(self.module, name)
+
+    def takes_adapter(self, name: str) -> bool:
+        """Whether the parameter is the weight of a linear layer that shares it with no other module."""
+        return parameters.takes_adapter(self.module, name)
+
+    def install(self, site: str, concept_map: ConceptMap) -> Any:
+        """Pass what the denoiser reads at a site through the map until `.remove()` of what is returned."""
+        found = self.site(site)
+        assert found.argument is not None  # every site of a pipeline is an argument of its denoiser
+        return hook_argument(self.module.get_submodule(found.module), found.argument, concept_map.to(self.device))
+
+    # -- prompts -----------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str], *, differentiable: bool = False) -> Prompts:
+        """The prompts as the pipeline itself encodes them, in the pipeline's dtype, on its device.
+
+        differentiable: keep the graph back to the text encoder (for attacks that learn a token).
+        Raises ValueError for an empty list, and for a prompt that the tokenizer would cut.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"encode takes a list of at least one prompt, got {prompts!r}.")
+        spans = [self._span(text) for text in prompts]
+        with torch.set_grad_enabled(differentiable), evaluating(self.module):
+            parts = [
+                self._encoded(list(prompts[start : start + ENCODED_AT_ONCE]), unconditional=False)[0]
+                for start in range(0, len(prompts), ENCODED_AT_ONCE)
+            ]
+        states, pooled = zip(*parts, strict=True)
+        first, end = torch.tensor(spans, device=self.device).T
+        together = None if pooled[0] is None else torch.cat(pooled)
+        return Prompts(tuple(prompts), torch.cat(states), together, first, end)
+
+    def unconditional(self, count: int = 1) -> Prompts:
+        """What the pipeline takes for no prompt under guidance: the empty prompt, or zeros (SDXL)."""
+        with torch.no_grad(), evaluating(self.module):
+            _, (states, pooled) = self._encoded([""], unconditional=True)
+        first, end = torch.tensor([self._span("")], device=states.device).T
+        return Prompts(("",), states, pooled, first, end).repeat(count)
+
+    def _encoded(self, prompts: list[str], *, unconditional: bool) -> tuple[Any, Any]:
+        """((states, pooled), (states, pooled) of no prompt)."""
+        options = {"prompt": prompts, "device": self.device, "num_images_per_prompt": 1, **self._length}
+        if self.architecture.packed:  # FLUX knows no guidance of its own
+            states, pooled, _ = self.pipeline.encode_prompt(prompt_2=None, **options)
+            return (states, pooled), (states, pooled)
+        if self.architecture.pooled:
+            options |= {"prompt_2": None} | ({"prompt_3": None} if self._has("encode_prompt", "prompt_3") else {})
+        found = self.pipeline.encode_prompt(do_classifier_free_guidance=unconditional, **options)
+        states, negative, pooled, negative_pooled = (*found, None, None)[:4]
+        return (states, pooled), (negative, negative_pooled)
+
+    @property
+    def _length(self) -> dict[str, int]:
+        """How many tokens a T5 reads, where a pipeline asks for it: its default, or what the tokenizer holds."""
+        if not self._has("encode_prompt", "max_sequence_length"):
+            return {}
+        default = inspect.signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
+        tokenizers = [part for name in T5_TOKENIZERS if (part := getattr(self.pipeline, name, None)) is not None]
+        return {"max_sequence_length": min([default, *(t.model_max_length for t in tokenizers[:1])])}
+
+    def _has(self, method: str, argument: str) -> bool:
+        return argument in inspect.signature(getattr(self.pipeline, method)).parameters
+
+    def _tokenizers(self) -> Iterator[tuple[str, Any, int]]:
+        """(name, tokenizer, how many tokens its encoder reads)"""
+        for name, encoder in text_encoders(self.pipeline).items():
+            tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
+            t5 = type(encoder).__name__ == "T5EncoderModel"
+            fits = self._length["max_sequence_length"] if t5 else tokenizer.model_max_length
+            yield name.replace("text_encoder", "tokenizer"), tokenizer, fits
+
+    def _span(self, prompt: str) -> tuple[int, int]:
+        """(first, end) of a prompt. Raises ValueError when a tokenizer would cut it."""
+        span = None
+        for name, tokenizer, fits in self._tokenizers():
+            count = len(tokenizer(self._converted(prompt, tokenizer), verbose=False).input_ids)
+            if count > fits:
+                raise ValueError(
+                    f"The prompt {prompt[:40]!r}… has {count} tokens with its special ones, the {name} keeps {fits}."
+                )
+            if name == self.architecture.tokenizer:
+                span = (len(tokenizer("").input_ids) - 1, count - 1)
+        assert span is not None  # every architecture's own tokenizer is among them
+        return span
+
+    def _converted(self, prompt: str, tokenizer: Any) -> str:
+        """With every learnt token that has several vectors spelt out, as the pipeline does it."""
+        convert = getattr(self.pipeline, "maybe_convert_prompt", None)
+        return convert(prompt, tokenizer) if convert else prompt
+
+    def subject_end(self, prompt: str, name: str) -> int:
+        """The row of the last token of `name` in the prompt (of its last mention).
+
+        Upper and lower case are the same. Raises ValueError when the prompt does not hold the name as whole words.
+        """
+        tokenizer = getattr(self.pipeline, self.architecture.tokenizer)
+        text, wanted = self._converted(prompt, tokenizer), self._converted(name, tokenizer).strip()
+        found = list(re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE)) if wanted else []
+        if not found:
+            raise ValueError(f"The prompt {prompt!r} does not hold {name!r} as whole words.")
+        first, end = self._span(prompt)
+        offsets = tokenizer(text, return_offsets_mapping=True).offset_mapping
+        start, stop = found[-1].span()
+        return max(row for row in range(first, end) if offsets[row][0] < stop and offsets[row][1] > start)
+
+    # -- noise -------------------------------------------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one latent at the pipeline's own image size."""
+        side = getattr(self.pipeline, "default_sample_size", None) or self.denoiser.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        channels = self.denoiser.config.in_channels
+        return (channels // 4 if self.architecture.packed else channels, int(height), int(width))
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Pure noise (n, c, h, w) in float32: number i from seeds[i] alone, as `generate` begins with it."""
+        drawn = [
+            torch.randn((1, *self.latent_shape), generator=generator, dtype=self.dtype) for generator in _random(seeds)
+        ]
+        return torch.cat(drawn).to(self.device).float()
+
+    def predict(
+        self, latents: Tensor, timestep: Tensor | float, prompts: Prompts, *, guidance: float | None = None
+    ) -> Tensor:
+        """The noise in the latents (n, c, h, w), float32, whatever the denoiser itself predicts.
+
+        timestep: (n,) or one number, in the scheduler's own unit.
+        prompts:  n of them, or one for all.
+        guidance: g in e0 + g (e - e0), with e0 the noise predicted without a prompt (None: e).
+        Differentiable; nothing here decides on gradients. At the first timestep of a flow (pure noise) the noise is the
+        latent itself, whatever the denoiser says.
+        """
+        times = as_timesteps(timestep, len(latents), latents.device)
+        output = self._output(latents, times, self._guided(prompts, len(latents), guidance), guidance)
+        return self.schedule.split(output, latents.float(), times)[1]
+
+    def _guided(self, prompts: Prompts, count: int, guidance: float | None) -> Prompts:
+        """One prompt a latent, and with guidance as many empty ones before them."""
+        conditional = prompts.repeat(count) if len(prompts) == 1 else prompts
+        return conditional if guidance is None else self.unconditional(count) + conditional
+
+    def _output(self, latents: Tensor, times: Tensor, prompts: Prompts, guidance: float | None) -> Tensor:
+        """What the denoiser itself predicts, in float32, with guidance already in it."""
+        if guidance is None:
+            return self._call(latents, times, prompts)
+        without, given = self._call(torch.cat([latents] * 2), torch.cat([times] * 2), prompts).chunk(2)
+        return without + guidance * (given - without)
+
+    def _call(self, latents: Tensor, times: Tensor, prompts: Prompts) -> Tensor:
+        latents, states = latents.to(self.dtype), prompts.states.to(self.dtype)
+        pooled = None if prompts.pooled is None else prompts.pooled.to(self.dtype)
+        if self.architecture.packed:
+            return self._call_packed(latents, times, states, pooled).float()
+        given: dict[str, Any] = {"encoder_hidden_states": states, "timestep": times, "return_dict": False}
+        if self.denoiser_name == "transformer":
+            given |= {"hidden_states": latents, "pooled_projections": pooled}
+        else:
+            given |= {"sample": latents, "added_cond_kwargs": None if pooled is None else self._added(pooled)}
+        return self.denoiser(**given)[0].float()
+
+    def _added(self, pooled: Tensor) -> dict[str, Tensor]:
+        """What SDXL is told beside the text: sizes before and after cropping, here those of a whole image."""
+        size = self._image_size()
+        ids = self.pipeline._get_add_time_ids(
+            size, (0, 0), size, dtype=pooled.dtype, text_encoder_projection_dim=pooled.shape[-1]
+        )
+        return {"text_embeds": pooled, "time_ids": ids.to(pooled.device).expand(len(pooled), -1)}
+
+    def _call_packed(self, latents: Tensor, times: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
+        n, channels, height, width = latents.shape
+        pipeline = self.pipeline
+        guidance = torch.full((n,), EMBEDDED_GUIDANCE, device=latents.device)
+        output = self.denoiser(
+            hidden_states=pipeline._pack_latents(latents, n, channels, height, width),
+            timestep=times.to(latents.dtype) / 1000,
+            guidance=guidance if self.denoiser.config.guidance_embeds else None,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            txt_ids=states.new_zeros(states.shape[1], 3),
+            img_ids=pipeline._prepare_latent_image_ids(n, height // 2, width // 2, latents.device, latents.dtype),
+            return_dict=False,
+        )[0]
+        scale = pipeline.vae_scale_factor
+        return pipeline._unpack_latents(output, height * scale, width * scale, scale)
+
+    @torch.no_grad()
+    def rollout(
+        self, prompts: Prompts, *, steps: int, stop: Sequence[int] | int, seeds: Sequence[int], guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """Latents on their way from pure noise to an image, after `stop` of `steps` DDIM (flow: Euler) steps.
+
+        prompts: n of them, or one for all n seeds.  stop: one number or one for each latent, in 0 .. steps - 1.
+        Returns latents (n, c, h, w) in float32 and timesteps (n,): each latent has the noise level of its timestep,
+        since the timestep is the one that its last step went to. Stopped at 0 it is pure noise, which a sampler
+        takes for the level of its first timestep. Raises ValueError for a `stop` outside the range.
+        """
+        stops = torch.as_tensor(stop).reshape(-1).expand(len(seeds)).tolist() if isinstance(stop, int) else list(stop)
+        if len(stops) != len(seeds) or not all(0 <= s < steps for s in stops):
+            raise ValueError(f"stop must be in 0..{steps - 1}, one for each of the {len(seeds)} seeds, got {stops}.")
+        times = self._timesteps(steps).to(self.device)
+        latents, reached = self.noise(seeds), times[:1].repeat(len(seeds))
+        strength = None if guidance == 1 else guidance
+        both = self._guided(prompts, len(seeds), strength)
+        with evaluating(self.module):
+            for here, there in zip(range(max(stops)), range(1, steps), strict=False):
+                on = [row for row, last in enumerate(stops) if last > here]
+                rows = on if strength is None else [*on, *(row + len(seeds) for row in on)]
+                output = self._output(latents[on], reached[on], both.select(rows), strength)
+                latents[on] = self.schedule.step(output, latents[on], reached[on], times[there].expand(len(on)))
+                reached[on] = times[there]
+        return latents, reached
+
+    def _timesteps(self, steps: int) -> Tensor:
+        _, height, width = self.latent_shape
+        patch = 2 if self.architecture.packed else getattr(self.denoiser.config, "patch_size", None) or 1
+        tokens = (height // patch) * (width // patch)
+        return self.schedule.timesteps(steps, tokens, even=self.architecture.packed)
+
+    # -- images ------------------------------------------------------------------------------------------------
+
+    def _image_size(self) -> tuple[int, int]:
+        _, height, width = self.latent_shape
+        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+
+    @torch.no_grad()
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Latents (n, c, h, w), float32, of images (n, 3, height, width) in [0, 1]: the mean of the encoder."""
+        vae = self.pipeline.vae
+        encoded = vae.encode(images.to(self.device, vae.dtype) * 2 - 1).latent_dist.mode().float()
+        shift, scale = _latent_scale(vae.config, encoded.device)
+        return (encoded - shift) * scale
+
+    @torch.no_grad()
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, height, width) in [0, 1], float32 on the CPU, of latents."""
+        vae = self.pipeline.vae
+        shift, scale = _latent_scale(vae.config, latents.device)
+        decoded = vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int = 20,
+        guidance: float | None = None,
+        batch_size: int = 16,
+        **options: Any,
+    ) -> Tensor:
+        """Images (n, 3, height, width) in [0, 1] on the CPU, by the pipeline itself.
+
+        Image i comes from prompts[i] and seeds[i] alone, whatever stands beside it. Guidance: as the pipeline means it
+        (default: the model's, else the pipeline's). Options go to the pipeline, a list of n is shared out among the
+        prompts; generation arguments of the edits in force are added.
+        Raises ValueError when seeds and prompts differ in number, or the tokenizer would cut a prompt.
+        """
+        if isinstance(prompts, str) or not len(prompts) or len(prompts) != len(seeds):
+            raise ValueError(f"generate takes a list of prompts and as many seeds, got {prompts!r} and {seeds!r}.")
+        for prompt in prompts:
+            self._span(prompt)
+        strength = self.guidance if guidance is None else guidance
+        asked = {key: value for handle in self.applied for key, value in handle.edit.generation.items()}
+        settings = {
+            "num_inference_steps": steps,
+            **({} if strength is None else {"guidance_scale": strength}),
+            **self._length,
+            **asked,
+            **options,
+        }
+        parts = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+        with evaluating(self.module), _quiet(self.pipeline):
+            return torch.cat([self._images(prompts, seeds, part, settings) for part in track(parts, "images")])
+
+    def _images(self, prompts: Sequence[str], seeds: Sequence[int], part: slice, settings: Mapping[str, Any]) -> Tensor:
+        """One batch through the pipeline, each image from its own random numbers."""
+        texts = list(prompts[part])
+        mine = {key: _share(key, value, part, len(prompts)) for key, value in settings.items()}
+        images = self.pipeline(prompt=texts, generator=_random(seeds[part]), output_type="pt", **mine).images
+        return images.detach().float().cpu()
+
+    # -- the edited pipeline as an ordinary folder -------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, edit: Edit) -> None:
+        """Write the pipeline with the edit merged into its weights, for plain `diffusers`; the pipeline itself stays.
+
+        Maps are folded first; generation arguments of the edit are no weights and are left out. Raises ValueError when
+        a map cannot be folded, when folding needs a bias for which a layer has no place, or when an edit is in force;
+        then nothing is written.
+        """
+        self.require_unedited()
+        folded = edit.fold(self)
+        if folded.maps:
+            raise ValueError(f"The maps at {sorted(folded.maps)} cannot be folded into weights.")
+        if new := sorted(name for name in folded.deltas if self.parameter(name) is None):
+            raise ValueError(
+                f"The denoiser has no place for the bias {new[0]}; erase with a zero mean, or save the edit as it is."
+            )
+        with replaced_folder(Path(folder)) as temporary, folded.applied(self):
+            self.pipeline.save_pretrained(temporary)
+
+
+def _share(key: str, value: Any, part: slice, count: int) -> Any:
+    """The part of an option that belongs to a batch: pipelines want one negative prompt a prompt."""
+    if isinstance(value, str) and key.startswith("negative_prompt"):
+        value = [value] * count
+    return value[part] if isinstance(value, list) and len(value) == count else value
+
+
+def _random(seeds: Sequence[int]) -> list[torch.Generator]:
+    """On the CPU, so that a seed means the same everywhere."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def _latent_scale(config: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(shift, scale) with latent = (encoded - shift) * scale, one for each channel or one for all."""
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    scale = torch.tensor(config.scaling_factor, device=device)
+    if mean is None or std is None:
+        return torch.tensor(getattr(config, "shift_factor", None) or 0.0, device=device), scale
+    shift, spread = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+    return shift, scale / spread
+
+
+def _refuse_changed(module: nn.Module) -> None:
+    if any(getattr(getattr(part, "config", None), "quantization_config", None) for part in module.children()):
+        raise ValueError("The pipeline is quantised; load it in float32, bfloat16 or float16 to edit it.")
+    if any(".lora_" in name for name, _ in module.named_parameters()):
+        raise ValueError("LoRA layers are loaded into the pipeline; fuse them and unload them (unload_lora_weights).")
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar for the length of a block."""
+    had, before = hasattr(pipeline, "_progress_bar_config"), getattr(pipeline, "_progress_bar_config", None)
+    pipeline.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if had:
+            pipeline._progress_bar_config = before
+        else:
+            del pipeline._progress_bar_config
