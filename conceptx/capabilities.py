@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,8 @@ def _capability(name: str) -> Capability:
 
 
 def _hosts(eraser: Any) -> Iterator[str]:
+    from conceptx.eraser import hosts
+
     if hasattr(eraser, "fit"):
         yield "vectors"
-    annotation = typing.get_type_hints(eraser.erase)["model"]
-    yield from (host.__name__ for host in typing.get_args(annotation) or (annotation,))
+    yield from hosts(eraser)

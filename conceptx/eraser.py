@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,7 +11,6 @@ from itertools import chain
 from typing import Any, Self, final
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from conceptx.concept import Concept
@@ -18,6 +18,7 @@ from conceptx.edit import Edit
 from conceptx.geometry import Array, ConceptMap, Subspace
 from conceptx.models import LanguageModel
 from conceptx.progress import track
+from conceptx.settings import build
 
 
 class Eraser(ABC):
@@ -27,6 +28,14 @@ class Eraser(ABC):
     def erase(self, model: Any, concept: Concept, *, seed: int = 0) -> Edit:
         """The edit that takes the concept out of the model; the model itself stays bit for bit as it is."""
 
+    @final
+    def _accept(self, model: Any) -> None:
+        """Raises ValueError when the method does not act on this kind of model, or when an edit is in force on it."""
+        known = hosts(type(self))
+        if not {kind.__name__ for kind in type(model).__mro__} & {*known}:
+            raise ValueError(f"{type(self).__name__} acts on a {' or '.join(known)}, got a {type(model).__name__}.")
+        model.require_unedited()
+
     @classmethod
     @final
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -34,16 +43,7 @@ class Eraser(ABC):
 
         Raises ValueError that names the settings there are when one is unknown or of the wrong kind.
         """
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        if unknown := sorted(set(settings) - set(known)):
-            raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
-        try:
-            return TypeAdapter(cls).validate_python(dict(settings))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-            raise ValueError(f"{cls.__name__}{' ' + where if where else ''}: {message}.") from None
+        return build(cls, settings)
 
 
 class VectorEraser(Eraser):
@@ -65,7 +65,7 @@ class VectorEraser(Eraser):
         sites: default, the inputs of all attention and MLP sublayers, which `Edit.fold` can turn into weights.
         Raises ValueError when the concept has no labelled texts, KeyError for an unknown site; the model is unchanged.
         """
-        model.require_unedited()
+        self._accept(model)
         wanted = ordered_sites(model, sites)
         texts, labels = labelled_texts(concept)
         eraser = self._seeded(seed)
@@ -108,13 +108,31 @@ def ordered_sites(model: LanguageModel, sites: Sequence[str] | None) -> list[str
     return [name for name in model.sites if name in asked]
 
 
-def provenance(eraser: Any, concept: Concept, seed: int, **more: Any) -> Mapping[str, Any]:
-    """What an edit records of its making."""
+def hosts(eraser: type[Eraser]) -> tuple[str, ...]:
+    """The names of the wrappers that the method acts on, read from the annotation of `erase(model: ...)`."""
+    annotation = typing.get_type_hints(eraser.erase)["model"]
+    return tuple(host.__name__ for host in typing.get_args(annotation) or (annotation,))
+
+
+def as_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
+    """One concept or several, as a list. Raises ValueError when there is none, or something else among them."""
+    concepts = [concept] if isinstance(concept, Concept | str) else list(concept)
+    if not concepts:
+        raise ValueError("No concept was given.")
+    if wrong := [c for c in concepts if not isinstance(c, Concept)]:
+        raise ValueError(f"erase takes a Concept, got {wrong[0]!r}; write Concept({str(wrong[0])!r}).")
+    return concepts
+
+
+def provenance(eraser: Any, concept: Concept | Sequence[Concept], seed: int, **more: Any) -> Mapping[str, Any]:
+    """What an edit records of its making; several concepts are named in one line."""
+    concepts = as_concepts(concept)
+    packages = ["conceptx", "torch", "transformers", *["diffusers"] * ("DiffusionModel" in hosts(type(eraser)))]
     return {
         "method": type(eraser).__name__,
         "settings": dataclasses.asdict(eraser),
-        "concept": concept.name,
+        "concept": ", ".join(c.name for c in concepts),
         "seed": seed,
-        "versions": {package: version(package) for package in ("conceptx", "torch", "transformers")},
+        "versions": {package: version(package) for package in packages},
         **more,
     }

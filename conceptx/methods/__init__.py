@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conceptx.methods.elm import ELM
+    from conceptx.methods.esd import ESD
     from conceptx.methods.inlp import INLP
     from conceptx.methods.leace import LEACE
     from conceptx.methods.mean_difference import MeanDifference
     from conceptx.methods.pca import PCADirections
     from conceptx.methods.rlace import RLACE
+    from conceptx.methods.uce import UCE
 
 MODULES = {
     "ELM": "elm",
+    "ESD": "esd",
     "INLP": "inlp",
     "LEACE": "leace",
     "MeanDifference": "mean_difference",
     "PCADirections": "pca",
     "RLACE": "rlace",
+    "UCE": "uce",
 }
 
-__all__ = ["ELM", "INLP", "LEACE", "RLACE", "MeanDifference", "PCADirections"]
+__all__ = ["ELM", "ESD", "INLP", "LEACE", "RLACE", "UCE", "MeanDifference", "PCADirections"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,372 @@
+"""ESD, Erasing Concepts from Diffusion Models (Gandikota, Materzyńska, Fiotto-Kaufman, Bau 2023, arXiv 2303.07345)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from conceptx.concept import Concept
+from conceptx.edit import Delta, Dense, Edit
+from conceptx.eraser import Eraser, as_concepts, provenance
+from conceptx.geometry import steer
+from conceptx.models import DiffusionModel, Prompts, evaluating
+from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
+from conceptx.train.loop import Plan, train
+
+Variant = Literal["x", "u", "full", "x-strict"]
+Trajectory = Literal["edited", "frozen"]
+Phrases = Literal["prompts", "names"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """How an architecture names its parameters: regular expressions of names inside the denoiser.
+
+    cross:       the attention between image and text.
+    keys_values: what of it makes keys and values out of the text.
+    ends:        what "u" leaves alone besides: the embeddings of time and text, the output layers.
+    """
+
+    cross: str
+    keys_values: str
+    ends: str
+
+    def take(self, name: str, variant: Variant) -> bool:
+        """Whether the variant trains the parameter."""
+        if variant == "u":
+            return not re.search(self.cross, name) and not re.match(self.ends, name)
+        pattern = {"x": self.cross, "x-strict": self.keys_values, "full": ""}[variant]
+        return re.search(pattern, name) is not None
+
+
+UNET = Names(
+    cross=r"\.attn2\.",
+    keys_values=r"\.attn2\.to_[kv]\.",
+    ends=r"(time_embedding|add_embedding|conv_norm_out|conv_out)\.",
+)
+# Image and text attend to each other in one attention; "cross" is here what the text has of its own in it.
+JOINT = Names(
+    cross=r"\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",
+    keys_values=r"\.attn\.add_[kv]_proj\.",
+    ends=r"(time_text_embed|context_embedder|norm_out|proj_out)\.",
+)
+NAMES = {"UNet2DConditionModel": UNET, "SD3Transformer2DModel": JOINT, "FluxTransformer2DModel": JOINT}
+
+
+@dataclass(frozen=True)
+class ESD(Eraser):
+    """Fine-tune a denoiser so that, asked for the concept, it predicts what it was guided away from (arXiv 2303.07345).
+
+    The loss is the mean of (e_theta(x_t, c) - y)^2 with y = e(x_t, "") - eta (e(x_t, c) - e(x_t, "")) of the frozen
+    model (paper, eq. 6). x_t is a partly denoised sample of the model that is being edited, asked for c.
+
+    variant:           what is trained. "x": the cross-attention; "u": everything else but time embedding and output
+                       layers (also of the pooled text of SDXL); "full": all; "x-strict": keys and values of the
+                       cross-attention.
+    negative_guidance: eta of the PAPER. The authors' code of 2025 counts from one more: its default 2 is eta = 1.
+    guidance:          of the samples x_t.
+    sampling_steps:    of the sampler that makes x_t; each stops before one of them, drawn uniformly.
+    trajectory:        whose samples x_t are: "edited" (paper, first code) or "frozen" (code of 2025).
+    erase_from:        a prompt that contains more than the concept ("a cowboy"; the concept: "cowboy hat"). It is what
+                       x_t and the student are asked for, and y = e(erase_from) - (1 + eta) (e(c) - e("")) (code of
+                       2025). None: the concept itself; both forms are then one.
+    phrases:           what c is, drawn for each row: the concept's "prompts", where it has some, or its "names" (the
+                       name and the synonyms).
+    rank:              None: the weights themselves (paper). A number: a LoRA adapter of that rank on the linear layers
+                       among them; convolutions, norms and biases are then left alone.
+    steps, batch_size, learning_rate: of Adam. A step has batch_size rows, each with its own noise, c and stop.
+
+    Defaults are those of the paper. Different from the authors' code: the student is the user's own denoiser; the
+    teacher is the adapter switched off, or the trained parameters' old values swapped in, so that no second denoiser is
+    in memory. Parameters are chosen by the names of diffusers (the rule of the first code, copied, would train the
+    output layers too; the code of 2025 trains the time embedding, and no norms). A latent has the noise level of its
+    timestep (first code: 39 to 58 of 1000 steps cleaner), and timesteps are those of the sampler, not all 1000. The
+    loss is on the noise whatever the denoiser predicts. "No prompt" is what the pipeline takes for it under guidance
+    (SDXL: zeros). Nothing is published for SD 3 and FLUX: "x" there is what the text has of its own in the joint
+    attention.
+    """
+
+    variant: Variant = "x"
+    negative_guidance: float = 1.0  # η
+    guidance: float = 3.0
+    sampling_steps: int = 50
+    trajectory: Trajectory = "edited"
+    erase_from: str | None = None
+    phrases: Phrases = "prompts"
+    rank: int | None = None
+    steps: int = 1000
+    batch_size: int = 1
+    learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name, choices in (("variant", Variant), ("trajectory", Trajectory), ("phrases", Phrases)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        positive = ("sampling_steps", "rank", "steps", "batch_size", "learning_rate")
+        values = {name: value for name in positive if (value := getattr(self, name)) is not None}
+        if wrong := [name for name, value in values.items() if not 0 < value < math.inf]:
+            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+        if not (math.isfinite(self.negative_guidance) and math.isfinite(self.guidance)):
+            raise ValueError("negative_guidance and guidance must be finite.")
+        if self.erase_from is not None and not self.erase_from.strip():
+            raise ValueError("erase_from must be a prompt or None, it is blank.")
+
+    def erase(
+        self,
+        model: DiffusionModel,
+        concept: Concept | Sequence[Concept],
+        *,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+    ) -> Edit:
+        """Train, and return the change as an edit: dense, or low-rank with an adapter. The model stays as it is.
+
+        Weights in half precision are trained in float32 (an update of 1e-5 would be rounded away).
+        concept:    one or several; their phrases share the rows.
+        checkpoint: a folder for the training state; run the same call again after an interruption and it goes on where
+                    it stopped, with the same result. One process only.
+
+        Raises ValueError when no concept is given, when the tokenizer would cut a phrase, when the variant selects
+        nothing in this denoiser, when an edit is in force on the model, when several processes call it, or when the
+        checkpoint belongs to another run.
+        """
+        from accelerate import Accelerator
+
+        self._accept(model)
+        names = chosen(model, self.variant)
+        concepts = as_concepts(concept)
+        prompts = _Asked.of(model, self._phrases(concepts), self.erase_from)
+        record = provenance(self, concepts, seed)
+        plan = self._plan(_identity(record, concepts, model), seed, checkpoint)
+        accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
+        if accelerator.num_processes > 1:
+            raise ValueError(f"ESD trains in one process, there are {accelerator.num_processes}; start it alone.")
+        with self._student(model, names, seed) as student:
+            steps = _Steps(self, model, student, prompts, seed)
+            train(student.module, steps.of, partial(_loss, model), plan, accelerator)
+            deltas = student.deltas()
+        return Edit(model.fingerprint, deltas=deltas, provenance=(record,))
+
+    def _phrases(self, concepts: Sequence[Concept]) -> list[str]:
+        """Everything that c may be, each once."""
+        mine = (c.prompts if self.phrases == "prompts" else () for c in concepts)
+        named = (prompts or (c.name, *c.synonyms) for c, prompts in zip(concepts, mine, strict=True))
+        return list(dict.fromkeys(phrase for phrases in named for phrase in phrases))
+
+    def _plan(self, run: str, seed: int, checkpoint: str | Path | None) -> Plan:
+        return Plan(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            seed=seed,
+            run=run,
+            weight_decay=0.0,
+            gradient_clip=0.0,
+            checkpoint=None if checkpoint is None else Path(checkpoint) / "training.safetensors",
+        )
+
+    def _student(self, model: DiffusionModel, names: Sequence[str], seed: int) -> AbstractContextManager[Student]:
+        if self.rank is None:
+            return weights_in_place(model, names)
+        linear = [name.removesuffix(".weight") for name in names if _linear(model.denoiser, name)]
+        if not linear:
+            raise ValueError(f"The variant {self.variant!r} selects no linear layer that could take an adapter.")
+        paths = tuple(f"{model.denoiser_name}.{path}" for path in linear)
+        return adapter_in_place(model, Adapter(self.rank, self.rank, 0.0, paths), seed)
+
+
+def chosen(model: DiffusionModel, variant: Variant) -> list[str]:
+    """Names, inside the denoiser, of the parameters that a variant trains.
+
+    Raises ValueError when the denoiser's names are unknown or the variant selects none of them.
+    """
+    kind = type(model.denoiser).__name__
+    if kind not in NAMES:
+        raise ValueError(f"ESD does not know the parameter names of {kind}; known: {', '.join(NAMES)}.")
+    names = [name for name, _ in model.denoiser.named_parameters() if NAMES[kind].take(name, variant)]
+    if not names:
+        raise ValueError(f"The variant {variant!r} selects no parameter of this {kind}.")
+    return names
+
+
+# -- the student and its teacher, in one denoiser ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Student:
+    """module: what is trained.  teacher: a context in which it is the frozen model.  deltas: what was learnt."""
+
+    module: nn.Module
+    teacher: Callable[[], AbstractContextManager[Any]]
+    deltas: Callable[[], Mapping[str, Delta]]
+
+
+@contextmanager
+def adapter_in_place(model: DiffusionModel, adapter: Adapter, seed: int) -> Iterator[Student]:
+    """A fresh LoRA adapter on the denoiser; the teacher is the denoiser without it."""
+    with inserted(model, adapter, seed) as module:
+        yield Student(module, module.disable_adapter, lambda: low_rank_deltas(module, adapter))
+
+
+@contextmanager
+def weights_in_place(model: DiffusionModel, names: Sequence[str]) -> Iterator[Student]:
+    """Copies, in float32, stand in for the named parameters; on exit the denoiser has its own tensors again.
+
+    The user's tensors are set aside, not copied; those of the named parameters are the teacher.
+    """
+    module = model.denoiser
+    parameters = [module.get_parameter(name) for name in names]
+    with _set_aside(module):
+        for parameter in module.parameters():
+            parameter.requires_grad_(False).grad = None
+            parameter.data = parameter.data.float()
+        frozen = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(True)
+
+        def deltas() -> Mapping[str, Delta]:
+            changes = (p.detach() - before for p, before in zip(parameters, frozen, strict=True))
+            return {f"{model.denoiser_name}.{n}": Dense(c.cpu()) for n, c in zip(names, changes, strict=True)}
+
+        yield Student(module, partial(_swapped, parameters, frozen), deltas)
+
+
+@contextmanager
+def _set_aside(module: nn.Module) -> Iterator[None]:
+    """Whatever happens to parameters and modes inside the block, the module has the same tensors afterwards."""
+    before = [(p, p.data, p.requires_grad, p.grad) for p in module.parameters()]
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for parameter, data, flag, gradient in before:
+            parameter.grad = None
+            parameter.data = data
+            parameter.requires_grad_(flag).grad = gradient
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def _swapped(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """The tensors in the place of the parameters' own; no number is copied."""
+    own = [parameter.data for parameter in parameters]
+    _point(parameters, tensors)
+    try:
+        yield
+    finally:
+        _point(parameters, own)
+
+
+def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.data = tensor
+
+
+def _linear(module: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(module.get_submodule(path), nn.Linear)
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The encoded prompts: `count` phrases, then no prompt, then `erase_from` where there is one."""
+
+    encoded: Prompts
+    count: int
+
+    @staticmethod
+    def of(model: DiffusionModel, phrases: Sequence[str], erase_from: str | None) -> _Asked:
+        encoded = model.encode(phrases) + model.unconditional()
+        return _Asked(encoded if erase_from is None else encoded + model.encode([erase_from]), len(phrases))
+
+    @property
+    def broader(self) -> bool:
+        """Whether there is a prompt to erase from."""
+        return len(self.encoded) > self.count + 1
+
+    def student(self, rows: Sequence[int]) -> Prompts:
+        """What the student is asked for in these rows."""
+        return self.encoded.select([self.count + 1] * len(rows) if self.broader else rows)
+
+    def teacher(self, rows: Sequence[int]) -> Prompts:
+        """No prompt, the concept, and perhaps the broader prompt, for all rows."""
+        empty, broader = [self.count] * len(rows), [self.count + 1] * len(rows) * self.broader
+        return self.encoded.select([*empty, *rows, *broader])
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of a step: latents (n, c, h, w), timesteps (n,), what the student is asked for, what it shall predict."""
+
+    latents: Tensor
+    timesteps: Tensor
+    prompts: Prompts
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The rows of a step: a function of its number and of the student as it is then."""
+
+    settings: ESD
+    model: DiffusionModel
+    student: Student
+    asked: _Asked
+    seed: int
+
+    @torch.no_grad()
+    def of(self, step: int) -> list[_Rows]:
+        s, draw = self.settings, random.Random(f"{self.seed} {step}")
+        rows = [draw.randrange(self.asked.count) for _ in range(s.batch_size)]
+        stops = [draw.randrange(s.sampling_steps) for _ in rows]
+        seeds = [draw.getrandbits(31) for _ in rows]
+        prompts = self.asked.student(rows)
+        with evaluating(self.model.denoiser):
+            with self._walker():
+                latents, timesteps = self.model.rollout(
+                    prompts, steps=s.sampling_steps, stop=stops, seeds=seeds, guidance=s.guidance
+                )
+            return [_Rows(latents, timesteps, prompts, self._target(latents, timesteps, rows))]
+
+    def _walker(self) -> AbstractContextManager[Any]:
+        """The model whose samples are x_t."""
+        return self.student.teacher() if self.settings.trajectory == "frozen" else evaluating(self.model.denoiser)
+
+    def _target(self, latents: Tensor, timesteps: Tensor, rows: Sequence[int]) -> Tensor:
+        """y, from one call of the frozen model."""
+        eta, times = self.settings.negative_guidance, 3 if self.asked.broader else 2
+        x, t = latents.repeat(times, 1, 1, 1), timesteps.repeat(times)
+        with self.student.teacher():
+            noise = self.model.predict(x, t, self.asked.teacher(rows))
+        neutral, concept, *broader = noise.chunk(times)
+        if broader:
+            return steer(broader[0], neutral, [concept], [-(1 + eta)])
+        return steer(neutral, neutral, [concept], [-eta])
+
+
+def _loss(model: DiffusionModel, _: nn.Module, rows: _Rows) -> Tensor:
+    """The student is the model's own denoiser."""
+    return (model.predict(rows.latents, rows.timesteps, rows.prompts) - rows.target).square().mean()
+
+
+def _identity(record: Mapping[str, Any], concepts: Sequence[Concept], model: DiffusionModel) -> str:
+    """A hash of everything that determines a run."""
+    fingerprint = model.fingerprint
+    parts = [record, [c.model_dump(mode="json") for c in concepts], fingerprint.structure, fingerprint.samples.tolist()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

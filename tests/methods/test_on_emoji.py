@@ -1,0 +1,116 @@
+"""UCE and ESD on the trained emoji model, and what they leave for a program that has only diffusers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conceptx import Concept, Edit, load
+from conceptx.demo.images import short_benchmark
+from conceptx.evaluation.images import Unedited, evaluate_images
+from conceptx.methods import ESD, UCE
+from conceptx.places import tasks_folder
+from conceptx.settings import build, read_recipe
+from conceptx.testbeds import emoji
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+REMEMBERED = Unedited()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(emoji.NAME)
+
+
+def concept(name="dog"):
+    return Concept.load(tasks_folder() / "concepts" / f"{name}.toml")
+
+
+def report(model, edit, name="dog"):
+    suite = short_benchmark(concept(name)).model_copy(update={"seed": 5})
+    return evaluate_images(model, suite, emoji.judges(), concept(name), edit=edit, unedited=REMEMBERED)
+
+
+def assert_erased(found):
+    """The bar of the issue, on fewer pictures."""
+    assert found["target", "Acc_e"].unedited >= 0.8
+    assert found["target", "Acc_e"].value <= 0.1
+    assert found["others", "Acc_s"].value >= 0.9 * found["others", "Acc_s"].unedited
+
+
+def test_uce_takes_the_dog_and_leaves_the_others(model):
+    found = report(model, UCE().erase(model, concept()))
+    assert_erased(found)
+    assert found["general", "Acc_g"].value < 0.5 * found["general", "Acc_g"].unedited
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["x", "u"])
+def test_esd_takes_the_dog(model, variant):
+    recipe = read_recipe(tasks_folder() / "recipes" / "esd_emoji.toml")
+    found = report(model, build(ESD, {**recipe, "variant": variant}).erase(model, concept()))
+    assert found["target", "Acc_e"].value <= 0.1
+    if variant == "x":
+        assert_erased(found)
+
+
+def test_a_map_and_its_fold_draw_the_same(model):
+    edit = UCE().erase(model, concept("strawberry"))
+    prompts = ["a noto strawberry", "a twemoji apple"]
+    with edit.applied(model):
+        mapped = model.generate(prompts, seeds=[0, 1], steps=10)
+    with edit.fold(model).applied(model):
+        folded = model.generate(prompts, seeds=[0, 1], steps=10)
+    plain = model.generate(prompts, seeds=[0, 1], steps=10)
+    assert (mapped - folded).abs().max() < 1e-3  # float32 products in another order, through ten steps
+    assert (mapped[0] - plain[0]).abs().mean() > 0.02
+
+
+PLAIN = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+folder, lora, out = sys.argv[1:4]
+no_checker = {"safety_checker": None, "requires_safety_checker": False}
+pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **no_checker)
+pipe.text_encoder.float()
+pipe.load_lora_weights(lora, adapter_name="edit")
+images = {}
+for strength in map(float, sys.argv[4:]):
+    pipe.set_adapters(["edit"], adapter_weights=[strength])
+    settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images[strength] = pipe(["a noto dog", "a fluent owl"], generator=generators, **settings).images
+assert "conceptx" not in sys.modules
+torch.save(images, out)
+"""
+
+
+def test_the_command_line_writes_a_lora_that_plain_diffusers_draws_alike(model, tmp_path):
+    """Two fresh processes: one erases and exports, one has nothing but diffusers."""
+    folder, lora = tmp_path / "edit", tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    call = [
+        sys.executable,
+        "-m",
+        "conceptx",
+        "erase",
+        emoji.NAME,
+        "--concept",
+        str(tasks_folder() / "concepts" / "dog.toml"),
+    ]
+    subprocess.run(
+        [*call, "--method", "uce", "--out", str(folder), "--lora", str(lora)], check=True, capture_output=True
+    )
+    strengths = [-1.0, 0.5, 1.0, 2.0]
+    plain = [sys.executable, "-c", PLAIN, str(emoji.folder()), str(lora.parent), str(tmp_path / "images.pt")]
+    subprocess.run([*plain, *map(str, strengths)], check=True, capture_output=True, cwd=tmp_path)
+    drawn = torch.load(tmp_path / "images.pt", weights_only=True)
+    edit = Edit.load(folder)
+    assert json.loads((folder / "edit.json").read_text())["provenance"][0]["method"] == "UCE"
+    for strength in strengths:
+        with (strength * edit).applied(model):
+            ours = model.generate(["a noto dog", "a fluent owl"], seeds=[0, 1], steps=10)
+        assert (drawn[strength] - ours).abs().max() < 2e-3, strength  # float32, through ten steps; 1/255 is 4e-3
+    assert Path(lora).stat().st_size < 2e6
