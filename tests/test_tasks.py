@@ -12,10 +12,23 @@ from pathlib import Path
 import pytest
 
 from conceptx.concept import Concept
+from conceptx.evaluation.image_benchmark import ImageBenchmark
+from conceptx.testbeds import emoji
 
 TASKS = Path(__file__).parents[1] / "tasks"
 DATA = TASKS / "lm_eval" / "data"
-CONCEPTS = sorted(path.stem for path in (TASKS / "concepts").glob("*.toml"))
+
+
+def kinds(folder: str) -> dict[str, str]:
+    """file name -> kind; "topic" where the file names none."""
+    found = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in (TASKS / folder).glob("*.toml")}
+    return {name: fields.get("kind", "topic") for name, fields in sorted(found.items())}
+
+
+OF_IMAGES = {"object", "style"}
+CONCEPTS = [name for name, kind in kinds("concepts").items() if kind not in OF_IMAGES]  # of language
+PICTURED = [name for name, kind in kinds("concepts").items() if kind in OF_IMAGES]
+IMAGE_BENCHMARKS = [name for name, kind in kinds("benchmarks").items() if kind in OF_IMAGES]
 QUESTIONS = sorted(p.stem for p in DATA.glob("*.jsonl") if p.stem != "cx_perplexity")
 DOMAINS = sorted(name.removeprefix("cx_") for name in QUESTIONS if not name.endswith("_dev"))
 FEWEST = {"chemical_elements": 180, "capitals": 140, "us_history": 80, "countries": 60, "chemistry": 40}
@@ -54,7 +67,7 @@ def benchmark(concept: str) -> dict:
 
 def test_there_are_nine_concepts_and_each_has_its_files() -> None:
     assert len(CONCEPTS) == 9
-    assert sorted(path.stem for path in (TASKS / "benchmarks").glob("*.toml")) == CONCEPTS
+    assert sorted(kinds("benchmarks").keys() - set(IMAGE_BENCHMARKS)) == CONCEPTS
     assert set(CONCEPTS) <= set(DOMAINS)
 
 
@@ -151,6 +164,34 @@ def test_benchmark_prompts_are_neither_questions_nor_texts(concept: str) -> None
     texts = "\n".join(corpus(concept, "forget") + [row["question"] for row in both(concept)])
     assert 15 <= len(prompts) <= 20
     assert [p for p in prompts if p in texts] == []
+
+
+def test_there_are_ten_objects_and_a_style_and_a_benchmark_of_each_kind() -> None:
+    assert Counter(kinds("concepts")[name] for name in PICTURED) == {"object": 10, "style": 1}
+    assert sorted(kinds("benchmarks")[name] for name in IMAGE_BENCHMARKS) == ["object", "style"]
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_image_concepts_load_and_name_what_the_emoji_model_draws(name: str) -> None:
+    concept = Concept.load(TASKS / "concepts" / f"{name}.toml")
+    known = emoji.OBJECT_NAMES if concept.kind == "object" else emoji.STYLE_NAMES
+    assert concept.name.replace(" ", "_") == name
+    assert {concept.name, concept.anchor} <= set(known)
+    assert {*concept.retain} <= {*emoji.OBJECT_NAMES, *emoji.STYLE_NAMES}  # a style may keep objects
+    assert len(set(concept.retain)) == len(concept.retain) >= min(10, len(known) - 2)
+    assert concept.prompts and not mentioned(list(concept.prompts), {concept.anchor or ""})
+
+
+@pytest.mark.parametrize("name", IMAGE_BENCHMARKS)
+def test_an_image_benchmark_refuses_no_shipped_concept(name: str) -> None:
+    """Neither alone nor all at once; with all of them erased, none is among those that are kept."""
+    bench = ImageBenchmark.load(TASKS / "benchmarks" / f"{name}.toml")
+    concepts = [Concept.load(TASKS / "concepts" / f"{c}.toml") for c in PICTURED if kinds("concepts")[c] == bench.kind]
+    for some in (*([concept] for concept in concepts), concepts):
+        items = bench.items(some)
+        asked = {item.expected for item in items if item.role == "target"}
+        assert asked == {concept.name for concept in some}
+        assert {item.expected for item in items if item.role == "others"} == set(bench.names) - asked
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`Report`: scores with N, standard error and, beside each, the score of the model without the edit."""
+"""`Report`: scores with N, standard error or interval and, beside each, the score of the model without the edit."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Score:
     n:        number of items.
     unedited: the same score of the model without the edit, None where it was not measured.
     chance:   what guessing gives, None where that has no meaning.
+    low, high: limits of the 95 % interval, None where there is none.
     """
 
     task: str
@@ -33,6 +34,8 @@ class Score:
     part: str = "all"
     unedited: float | None = None
     chance: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -63,17 +66,19 @@ class Report:
         return replace(self, scores=tuple(replace(s, unedited=before.get(s.key)) for s in self.scores))
 
     def table(self, title: str = "") -> Table:
-        """A table for the terminal."""
+        """A table for the terminal: intervals where there are any, else standard errors and what guessing gives."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
+        intervals = any(s.low is not None for s in self.scores)
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("task", "metric"):
             table.add_column(column, overflow="fold")
-        for column in ("N", "un-edited", "value", "± s.e.", "chance"):
+        for column in ("N", "un-edited", "value", *(("95 %",) if intervals else ("± s.e.", "chance"))):
             table.add_column(column, justify="right", no_wrap=True)
         for s in self.scores:
-            numbers = map(_number, (s.unedited, s.value, s.error, s.chance))
+            last = (_interval(s),) if intervals else tuple(map(_number, (s.error, s.chance)))
+            numbers = (_number(s.unedited), _number(s.value), *last)
             table.add_row(s.task if s.part == "all" else f"  {s.part}", s.metric, str(s.n), *numbers)
         return table
 
@@ -107,3 +112,10 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _interval(score: Score) -> str:
+    """Its limits; a value with a standard error alone shows that."""
+    if score.low is None:
+        return "–" if score.error is None else f"± {_number(score.error)}"
+    return f"{_number(score.low)} to {_number(score.high)}"

@@ -1,0 +1,1 @@
+"""Searches for inputs that bring a concept back."""
