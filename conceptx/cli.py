@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from conceptx.edit import Edit
     from conceptx.eraser import Eraser
-    from conceptx.models import LanguageModel
+    from conceptx.evaluation.report import Report
+    from conceptx.models import DiffusionModel, Model
 
 app = typer.Typer(
     name="conceptx",
     help="Remove a concept from the model you already have.\n\n"
-    "A model is a local folder, a hub name, or [bold]smollm2[/bold], which comes with an installed package.",
+    "A model is a local folder or a hub name (a transformers language model or a diffusers text-to-image pipeline), "
+    "[bold]smollm2[/bold], which an installed package brings, or [bold]testbed:emoji[/bold], which comes with it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub name, or smollm2.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub name, smollm2 or testbed:emoji.")]
 DTypeName = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto (as in the checkpoint).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one.")]
 
@@ -32,7 +35,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the edit, the tables and the pictures go.")] = Path("runs/demo"),
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch decides.")] = 0,
 ) -> None:
-    """The main job on real input: erase a concept from a real language model, and gender from real word vectors.
+    """The main job on real input: erase concepts from a language model, an image model and word vectors.
 
     Needs no network and no GPU; takes a few minutes on two cores.
     """
@@ -45,26 +48,36 @@ def demo(
 def erase(
     model: ModelName,
     concept: Annotated[Path, typer.Option(help="A concept file, such as tasks/concepts/capitals.toml.")],
-    out: Annotated[Path, typer.Option(help="Folder for the edit. A stopped ELM run goes on when started again.")],
-    method: Annotated[str, typer.Option(help="See `conceptx methods`.")] = "elm",
+    out: Annotated[Path, typer.Option(help="Folder for the edit. A stopped training goes on when started again.")],
+    method: Annotated[
+        str | None, typer.Option(help="See `conceptx methods`; default: elm for language models, uce for images.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with settings of the method.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same edit.")] = 0,
     peft: Annotated[Path | None, typer.Option(help="Also write a LoRA adapter for plain peft here.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Also write a LoRA file for plain diffusers here (pipe.load_lora_weights).")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Cut the dense changes of a training to this rank for --lora.")
+    ] = None,
     merged: Annotated[
-        Path | None, typer.Option(help="Also write the merged model for plain transformers here.")
+        Path | None, typer.Option(help="Also write the merged model for plain transformers or diffusers here.")
     ] = None,
     dtype: DTypeName = "auto",
     device: Device = "auto",
 ) -> None:
     """Make an edit that takes a concept out of a model, and save it.
 
-    Example:
+    Examples:
 
         conceptx erase smollm2 --concept tasks/concepts/chemical_elements.toml
         --recipe tasks/recipes/elm_smollm2.toml --out runs/no-elements --peft runs/no-elements-lora
+
+        conceptx erase testbed:emoji --concept tasks/concepts/dog.toml --out runs/no-dog --lora runs/no-dog.safetensors
     """
     import inspect
     import os
@@ -73,9 +86,13 @@ def erase(
     from conceptx.concept import Concept
     from conceptx.progress import shown
 
-    eraser = _eraser(method, recipe, setting or [])
     what = Concept.load(concept)
+    if method is not None:
+        eraser = _eraser(method, recipe, setting or [])  # a wrong setting is said before a model is loaded
     host = _load(model, dtype, device)
+    if method is None:
+        eraser = _eraser(_usual_method(host), recipe, setting or [])
+    _check_fits(eraser, host)
     resumes = "checkpoint" in inspect.signature(eraser.erase).parameters
     resume: dict[str, Any] = {"checkpoint": out / "checkpoint"} if resumes else {}
     with shown():
@@ -88,9 +105,12 @@ def erase(
     if peft is not None:
         edit.fold(host).export_peft(peft, host)
         typer.echo(f"{peft}: LoRA adapter for peft")
+    if lora is not None:
+        edit.fold(host).export_diffusers_lora(lora, host, rank=rank)
+        typer.echo(f"{lora}: LoRA file for diffusers")
     if merged is not None:
         host.save_pretrained(merged, edit)
-        typer.echo(f"{merged}: merged model for transformers")
+        typer.echo(f"{merged}: merged model")
 
 
 @app.command()
@@ -104,15 +124,23 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
     defaults: Annotated[bool, typer.Option("--defaults", help="Also know the tasks that come with lm-eval.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task: a smoke test.")] = None,
+    attack: Annotated[
+        Path | None,
+        typer.Option(help="Image models: recipe of a textual inversion that tries to bring the concept back."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Image models: save a contact sheet (PNG) here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
     dtype: DTypeName = "auto",
     device: Device = "auto",
 ) -> None:
-    """Score a model with lm-evaluation-harness; with --edit, before and after.
+    """Score a model; with --edit, before and after. Language models by lm-evaluation-harness, images by judges.
 
-    Example:
+    Examples:
 
         conceptx evaluate smollm2 --edit runs/no-elements --tasks cx_chemical_elements,cx_capitals,cx_perplexity
+
+        conceptx evaluate testbed:emoji --edit runs/no-dog --benchmark tasks/benchmarks/emoji_objects.toml
+        --concept tasks/concepts/dog.toml --picture runs/no-dog.png
     """
     from rich.console import Console
 
@@ -120,6 +148,7 @@ def evaluate(
     from conceptx.edit import Edit
     from conceptx.evaluation.benchmark import Benchmark
     from conceptx.evaluation.lm_eval import evaluate as score
+    from conceptx.models import DiffusionModel
     from conceptx.progress import shown
 
     change = None if edit is None else Edit.load(edit)
@@ -130,16 +159,53 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if bool(names) == (benchmark is not None):
         raise ValueError("Give --tasks or --benchmark.")
+    what = None if concept is None else Concept.load(concept)
     host = _load(model, dtype, device)
     with shown():
-        if benchmark is not None and concept is not None:
-            suite, what = Benchmark.load(benchmark), Concept.load(concept)
-            report = suite.run(host, what, edit=change, half=half, limit=limit)
+        if isinstance(host, DiffusionModel):
+            report = _score_images(model, host, benchmark, what, change, attack, picture)
+        elif benchmark is not None and what is not None:
+            report = Benchmark.load(benchmark).run(host, what, edit=change, half=half, limit=limit)
         else:
             report = score(host, names, edit=change, limit=limit, include_path=include_path, defaults=defaults)
     Console().print(report.table(model))
+    if picture is not None:
+        typer.echo(f"{picture}: contact sheet")
     if json is not None:
         report.save(json)
+
+
+def _score_images(
+    name: str,
+    model: DiffusionModel,
+    benchmark: Path | None,
+    concept: Any,
+    edit: Edit | None,
+    attack: Path | None,
+    picture: Path | None,
+) -> Report:
+    """The columns of an image benchmark. Only the testbed's judges are known here; others are given in Python."""
+    from conceptx.attacks.textual_inversion import TextualInversion
+    from conceptx.evaluation.contact_sheet import contact_sheet
+    from conceptx.evaluation.image_benchmark import ImageBenchmark
+    from conceptx.evaluation.images import evaluate_images
+    from conceptx.settings import build, read_recipe
+    from conceptx.testbeds import emoji
+
+    if name != emoji.NAME:
+        raise ValueError(f"The command line knows judges for {emoji.NAME} only; see docs/image-benchmarks.md.")
+    if benchmark is None:
+        raise ValueError("An image model is scored with --benchmark and --concept.")
+    suite = ImageBenchmark.load(benchmark)
+    means: dict[str, Any] = {}
+    if attack is not None:
+        means = {"attack": build(TextualInversion, read_recipe(attack)), "examples": emoji.examples}
+    report = evaluate_images(model, suite, emoji.judges(), concept, edit=edit, **means)
+    if picture is not None:
+        prompts = suite.samples([concept])
+        columns = {} if edit is None else {edit.provenance[0]["method"]: edit}
+        contact_sheet(picture, model, columns, prompts, steps=suite.steps, guidance=suite.guidance)
+    return report
 
 
 @app.command()
@@ -160,19 +226,13 @@ def methods() -> None:
 
 def _eraser(method: str, recipe: Path | None, settings: list[str]) -> Eraser:
     """The eraser with settings from a file, then from the command line."""
-    import tomllib
-
     from conceptx import methods as registry
+    from conceptx.settings import read_recipe
 
     names = {module: name for name, module in registry.MODULES.items()}
     if method not in names:
         raise ValueError(f"Unknown method {method!r}; available: {', '.join(sorted(names))}.")
-    if recipe is not None and not recipe.is_file():
-        raise FileNotFoundError(f"There is no recipe {recipe}.")
-    try:
-        values = tomllib.loads(recipe.read_text(encoding="utf-8")) if recipe else {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{recipe} is not a TOML file: {error}.") from None
+    values = {} if recipe is None else read_recipe(recipe)
     for text in settings:
         values |= _setting(text)
     return getattr(registry, names[method]).from_settings(values)
@@ -193,7 +253,23 @@ def _setting(text: str) -> dict[str, Any]:
         return {name.strip(): value.strip()}
 
 
-def _load(model: str, dtype: str, device: str) -> LanguageModel:
+def _usual_method(model: Model) -> str:
+    from conceptx.models import LanguageModel
+
+    return "elm" if isinstance(model, LanguageModel) else "uce"
+
+
+def _check_fits(eraser: Eraser, model: Model) -> None:
+    """Raises ValueError that names the methods for such a model, when this one works on others."""
+    from conceptx.capabilities import capabilities
+
+    kind = type(model).__name__
+    fitting = {row.name: row.module for row in capabilities() if kind in row.hosts}
+    if type(eraser).__name__ not in fitting:
+        raise ValueError(f"{type(eraser).__name__} does not work on a {kind}; these do: {', '.join(fitting.values())}.")
+
+
+def _load(model: str, dtype: str, device: str) -> Model:
     import torch
 
     from conceptx.models import load

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import GARDEN, METALS, tiny
+from hosts import GARDEN, METALS, tiny, tiny_pipeline
 from typer.testing import CliRunner
 
 from conceptx.cli import app, main
@@ -76,6 +76,39 @@ def test_evaluate_prints_and_writes_both_values(folder: Path) -> None:
     assert "toy" in output and "un-edited" in output
     score = json.loads((folder / "report.json").read_text())["scores"][0]
     assert score["n"] == 2 and score["unedited"] is not None
+
+
+@pytest.fixture
+def pipeline_folder(tmp_path: Path) -> Path:
+    tiny_pipeline("sd1").pipeline.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "tin.toml").write_text('name = "tin"\nkind = "object"\nanchor = "gold"\nretain = ["iron"]\n')
+    return tmp_path
+
+
+def test_a_pipeline_is_erased_by_uce_unless_told_otherwise(pipeline_folder: Path) -> None:
+    outputs = ["--out", pipeline_folder / "edit", "--lora", pipeline_folder / "lora", "--merged", pipeline_folder / "m"]
+    output = conceptx("erase", pipeline_folder / "pipe", "--concept", pipeline_folder / "tin.toml", *outputs)
+    assert "UCE(tin): 1 maps" in output
+    model, merged = load(str(pipeline_folder / "pipe")), load(str(pipeline_folder / "m"))
+    with Edit.load(pipeline_folder / "edit").applied(model):
+        edited = model.generate(["tin"], seeds=[0], steps=2)
+    model.pipeline.load_lora_weights(str(pipeline_folder / "lora"))
+    by_lora = model.pipeline(
+        "tin", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).images
+    for found in (merged.generate(["tin"], seeds=[0], steps=2), by_lora):
+        assert (found - edited).abs().max() < 1e-3  # float32 products in another order
+
+
+def test_a_method_for_another_kind_of_model_is_refused_with_those_that_fit(pipeline_folder: Path) -> None:
+    arguments = ["erase", pipeline_folder / "pipe", "--concept", pipeline_folder / "tin.toml", "--method", "leace"]
+    with pytest.raises(ValueError, match="LEACE does not work on a DiffusionModel; these do: esd, uce"):
+        conceptx(*arguments, "--out", pipeline_folder / "edit")
+
+
+def test_image_scores_need_judges_that_the_command_line_knows(pipeline_folder: Path) -> None:
+    with pytest.raises(ValueError, match="knows judges for testbed:emoji only"):
+        conceptx("evaluate", pipeline_folder / "pipe", "--tasks", "toy")
 
 
 def test_methods_lists_every_method_with_what_it_works_on() -> None:

