@@ -1,0 +1,338 @@
+"""UCE and ESD on the emoji model: ten objects over seeds, a style, many concepts at once, and an attack.
+
+python examples/erase_image_study.py objects --objects dog cat --seeds 0 1 2
+python examples/erase_image_study.py style
+python examples/erase_image_study.py curve
+python examples/erase_image_study.py attack
+python examples/erase_image_study.py tables      # print what was measured, draw the curve and the contact sheets
+
+Every cell is a file in the output folder; those that are there are not measured again, so several of these can run side
+by side and a stopped one goes on.
+"""
+
+import argparse
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+from rich.console import Console
+
+from conceptx import Concept, Edit, Report, load
+from conceptx.attacks.textual_inversion import TextualInversion
+from conceptx.eraser import Eraser
+from conceptx.evaluation.contact_sheet import contact_sheet
+from conceptx.evaluation.image_benchmark import ImageBenchmark
+from conceptx.evaluation.images import Unedited, evaluate_images
+from conceptx.methods import ESD, UCE
+from conceptx.models import DiffusionModel
+from conceptx.places import tasks_folder
+from conceptx.progress import only_ours, shown
+from conceptx.settings import build, read_recipe
+from conceptx.testbeds import emoji
+
+OBJECTS = ("dog", "cat", "horse", "rabbit", "strawberry", "pizza", "guitar", "mobile_phone", "car", "rocket")
+METHODS = ("uce", "esd-x", "esd-u")
+COUNTS = (1, 10, 50, 100)
+TOKENS = ("last+rest", "last")
+COLUMNS = (
+    ("target", "Acc_e"),
+    ("general", "Acc_g"),
+    ("others", "Acc_s"),
+    ("all", "H_o"),
+    ("target", "style_kept"),
+    ("target", "reject"),
+    ("target", "margin"),
+    ("others", "style_acc"),
+    ("others", "similarity"),
+    ("others", "frechet"),
+    ("others", "drift"),
+)
+
+
+class Study:
+    """The model, the judges, and the folder of reports."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.remembered: dict[int, Unedited] = {}
+
+    @cached_property
+    def model(self) -> DiffusionModel:
+        only_ours()
+        return load(emoji.NAME)
+
+    def benchmark(self, kind: str, seed: int, **numbers: int) -> ImageBenchmark:
+        """Another seed draws other pictures; the eraser gets the same seed."""
+        suite = ImageBenchmark.load(tasks_folder() / "benchmarks" / f"emoji_{kind}s.toml")
+        return suite.model_copy(update={"seed": suite.seed + 100_000 * seed, **numbers})
+
+    def single(self, kind: str, name: str, method: str, seed: int) -> Report:
+        """One concept erased by one method."""
+        concept = Concept.load(tasks_folder() / "concepts" / f"{name}.toml")
+        suite = self.benchmark("object", seed, images=20, images_general=5, images_others=1)
+        suite = halved(suite) if kind == "object" else self.benchmark("style", seed, images=60, images_others=30)
+        return self.kept(
+            f"{kind}-{name}-{method}-{seed}",
+            lambda: self.score(suite, [concept], self.edit(concept, method, seed), seed),
+        )
+
+    def many(self, count: int, seed: int, tokens: str) -> Report:
+        """UCE on `count` random objects at once, each with an anchor of its own group; all the rest is retained."""
+        concepts = crowd(count, seed)
+        suite = self.benchmark("object", seed, images=max(2, 40 // count), images_general=1, images_others=1)
+        eraser = UCE(tokens=tokens)
+        return self.kept(
+            f"many-{count}-{tokens}-{seed}",
+            lambda: self.score(suite, concepts, eraser.erase(self.model, concepts, seed=seed), seed),
+        )
+
+    def attacked(self, name: str, method: str, seed: int) -> Report:
+        """Textual inversion on the edited model, on the un-edited one, and of an object that nobody erased."""
+        concept = Concept.load(tasks_folder() / "concepts" / f"{name}.toml")
+        suite = self.benchmark("object", seed, images=20, images_general=1, images_others=1)
+        suite = suite.model_copy(
+            update={"objects": (name.replace("_", " "), *suite.targets_of([concept])[0].near, "castle")}
+        )
+        edit = self.edit(concept, method, seed)
+        return self.kept(
+            f"attack-{name}-{method}-{seed}", lambda: self.score(suite, [concept], edit, seed, inversion())
+        )
+
+    def score(
+        self,
+        suite: ImageBenchmark,
+        concepts: Sequence[Concept],
+        edit: Edit,
+        seed: int,
+        attack: TextualInversion | None = None,
+    ) -> Report:
+        means = {} if attack is None else {"attack": attack, "examples": emoji.examples, "seed": seed}
+        known = self.remembered.setdefault(seed, Unedited())
+        return evaluate_images(self.model, suite, emoji.judges(), concepts, edit=edit, unedited=known, **means)
+
+    def edit(self, concept: Concept, method: str, seed: int) -> Edit:
+        folder = Path("runs/study/emoji") / f"{concept.name}-{method}-{seed}".replace(" ", "_")
+        if not (folder / "edit.json").is_file():
+            eraser(method, concept.kind).erase(self.model, concept, seed=seed).save(folder)
+        return Edit.load(folder)
+
+    def kept(self, name: str, make: Callable[[], Report]) -> Report:
+        path = self.out / f"{name}.json"
+        if not path.is_file():
+            make().save(path)
+        return Report.load(path)
+
+
+def halved(suite: ImageBenchmark) -> ImageBenchmark:
+    """Every second object, the ten erased ones and all their neighbours."""
+    asked = {name for target in suite.targets for name in (target.name, *target.near)}
+    kept = [
+        name for number, name in enumerate(suite.objects) if number % 2 == 0 or name in asked or name == suite.unrelated
+    ]
+    return suite.model_copy(update={"objects": tuple(kept)})
+
+
+def eraser(method: str, kind: str) -> Eraser:
+    """Settings for the emoji model; UCE on styles and on many concepts has the published ones."""
+    if method == "uce":
+        return (
+            UCE() if kind == "style" else UCE.from_settings(read_recipe(tasks_folder() / "recipes" / "uce_emoji.toml"))
+        )
+    settings = read_recipe(tasks_folder() / "recipes" / "esd_emoji.toml")
+    return ESD.from_settings({**settings, "variant": method.removeprefix("esd-")})
+
+
+def inversion() -> TextualInversion:
+    return build(TextualInversion, read_recipe(tasks_folder() / "recipes" / "textual_inversion_emoji.toml"))
+
+
+def crowd(count: int, seed: int) -> list[Concept]:
+    """Random objects to erase; the anchor of each is a kept object of the same group, where there is one."""
+    things = list(emoji.OBJECTS)
+    random.Random(seed).shuffle(things)
+    erased, kept = things[:count], things[count:]
+    names = tuple(thing.name for thing in kept)
+    anchors = {
+        thing.name: [other.name for other in kept if other.group == thing.group] or list(names) for thing in erased
+    }
+    return [
+        Concept(thing.name, kind="object", anchor=anchors[thing.name][0], retain=names, prompts=(thing.name,))
+        for thing in erased
+    ]
+
+
+# -- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """Mean over the reports, and the smallest and largest of them."""
+    cells = []
+    for task, metric in COLUMNS:
+        scores = [report[task, metric] for report in reports if has(report, task, metric)]
+        values = [score.value for score in scores]
+        cells.append(f"{mean(values):.3g} ({min(values):.3g}–{max(values):.3g})" if values else "–")
+    return " | ".join(cells)
+
+
+def before(reports: Sequence[Report]) -> str:
+    cells = []
+    for task, metric in COLUMNS:
+        values = [report[task, metric].unedited for report in reports if has(report, task, metric)]
+        cells.append(f"{mean(v for v in values if v is not None):.3g}" if any(v is not None for v in values) else "–")
+    return " | ".join(cells)
+
+
+def has(report: Report, task: str, metric: str) -> bool:
+    return any(score.task == task and score.metric == metric for score in report.scores)
+
+
+def table(out: Path, kind: str, names: Iterable[str], seeds: Sequence[int]) -> list[str]:
+    lines = ["| | " + " | ".join(metric for _, metric in COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
+    for method in METHODS:
+        paths = [out / f"{kind}-{name}-{method}-{seed}.json" for name in names for seed in seeds]
+        reports = [Report.load(path) for path in paths if path.is_file()]
+        if reports:
+            if len(lines) == 2:
+                lines.append(f"| un-edited | {before(reports)} |")
+            lines.append(f"| {method} ({len(reports)} runs) | {summary(reports)} |")
+    return lines
+
+
+def by_object(out: Path, seeds: Sequence[int]) -> list[str]:
+    """Acc_e and the share of Acc_s that is left, object by object."""
+    lines = [
+        "| object | " + " | ".join(f"{m}: Acc_e, Acc_g, Acc_s / before" for m in METHODS) + " |",
+        "|---|" + "--:|" * len(METHODS),
+    ]
+    for name in OBJECTS:
+        cells = []
+        for method in METHODS:
+            paths = [out / f"object-{name}-{method}-{seed}.json" for seed in seeds]
+            reports = [Report.load(path) for path in paths if path.is_file()]
+            cells.append(_cell(reports) if reports else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(reports: Sequence[Report]) -> str:
+    def average(task: str, metric: str) -> str:
+        values = [report[task, metric].value for report in reports if has(report, task, metric)]
+        return f"{mean(values):.2f}" if values else "–"
+
+    kept = mean(r["others", "Acc_s"].value / (r["others", "Acc_s"].unedited or 1) for r in reports)
+    return f"{average('target', 'Acc_e')}, {average('general', 'Acc_g')}, {kept:.3f}"
+
+
+def draw_curve(out: Path, seeds: Sequence[int], path: Path) -> None:
+    """Acc_e, Acc_s and H_o against the number of concepts that UCE erases at once."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(TOKENS), sharey=True)
+    for panel, tokens in zip(panels, TOKENS, strict=True):
+        for (task, metric), color in zip(COLUMNS[:1] + COLUMNS[2:4], ("#c2410c", "#1d4ed8", "#15803d"), strict=True):
+            points = {
+                count: [
+                    Report.load(p)[task, metric].value
+                    for seed in seeds
+                    if (p := out / f"many-{count}-{tokens}-{seed}.json").is_file()
+                ]
+                for count in COUNTS
+            }
+            points = {count: values for count, values in points.items() if values}
+            middle = [mean(values) for values in points.values()]
+            spread = [
+                [m - min(v) for m, v in zip(middle, points.values(), strict=True)],
+                [max(v) - m for m, v in zip(middle, points.values(), strict=True)],
+            ]
+            panel.errorbar(list(points), middle, spread, color=color, marker="o", capsize=2, label=metric)
+        panel.set_xscale("log")
+        panel.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        panel.set_xlabel("concepts erased at once")
+        panel.set_title(f'UCE, tokens="{tokens}"', fontsize=10)
+        panel.set_ylim(0, 1.02)
+    panels[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def sheets(study: Study, pictures: Path) -> None:
+    """Before and after, from the same seeds."""
+    for name, prompts in {
+        "dog": [
+            "a noto dog",
+            "a twemoji dog",
+            "an ink dog",
+            "a puppy",
+            "a pet that barks",
+            "a noto cat",
+            "a fluent wolf",
+            "a twemoji fox",
+            "an ink owl",
+            "a fluent pizza",
+            "a noto rocket",
+        ],
+        "ink": [
+            "a house in ink style",
+            "an ink guitar",
+            "an ink owl",
+            "a noto guitar",
+            "a twemoji owl",
+            "a fluent house",
+        ],
+    }.items():
+        concept = Concept.load(tasks_folder() / "concepts" / f"{name}.toml")
+        columns = {
+            method.upper().replace("ESD-X", "ESD-x").replace("ESD-U", "ESD-u"): study.edit(concept, method, 0)
+            for method in METHODS
+        }
+        contact_sheet(pictures / f"emoji-erased-{name}.png", study.model, columns, prompts, seed=7, steps=20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["objects", "style", "curve", "attack", "tables"])
+    parser.add_argument("--objects", nargs="+", default=list(OBJECTS), choices=OBJECTS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("docs/results/emoji"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
+    study, seeds = Study(arguments.out), arguments.seeds
+    with shown():
+        if arguments.part == "objects":
+            for seed in seeds:
+                for name in arguments.objects:
+                    for method in arguments.methods:
+                        study.single("object", name, method, seed)
+        elif arguments.part == "style":
+            for seed in seeds:
+                for method in arguments.methods:
+                    study.single("style", "ink", method, seed)
+        elif arguments.part == "curve":
+            for seed in seeds:
+                for tokens in TOKENS:
+                    for count in COUNTS:
+                        study.many(count, seed, tokens)
+        elif arguments.part == "attack":
+            for seed in seeds:
+                for name in arguments.objects:
+                    for method in arguments.methods:
+                        study.attacked(name, method, seed)
+        else:
+            draw_curve(arguments.out, seeds, Path("docs/pictures/emoji-uce-curve.png"))
+            sheets(study, Path("docs/pictures"))
+    if arguments.part == "tables":
+        say = partial(Console(width=400).print, markup=False)
+        for kind, names in (("object", OBJECTS), ("style", ("ink",))):
+            say("\n".join(["", kind, "", *table(arguments.out, kind, names, seeds)]))
+        say("\n".join(["", *by_object(arguments.out, seeds)]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
