@@ -61,9 +61,6 @@ def erase(
     lora: Annotated[
         Path | None, typer.Option(help="Also write a LoRA file for plain diffusers here (pipe.load_lora_weights).")
     ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Cut the dense changes of a training to this rank for --lora.")
-    ] = None,
     merged: Annotated[
         Path | None, typer.Option(help="Also write the merged model for plain transformers or diffusers here.")
     ] = None,
@@ -106,7 +103,7 @@ def erase(
         edit.fold(host).export_peft(peft, host)
         typer.echo(f"{peft}: LoRA adapter for peft")
     if lora is not None:
-        edit.fold(host).export_diffusers_lora(lora, host, rank=rank)
+        edit.fold(host).export_diffusers_lora(lora, host)
         typer.echo(f"{lora}: LoRA file for diffusers")
     if merged is not None:
         host.save_pretrained(merged, edit)

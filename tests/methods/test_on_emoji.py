@@ -112,5 +112,63 @@ def test_the_command_line_writes_a_lora_that_plain_diffusers_draws_alike(model, 
     for strength in strengths:
         with (strength * edit).applied(model):
             ours = model.generate(["a noto dog", "a fluent owl"], seeds=[0, 1], steps=10)
-        assert (drawn[strength] - ours).abs().max() < 2e-3, strength  # float32, through ten steps; 1/255 is 4e-3
+        assert (drawn[strength] - ours).abs().max() < 1e-4, strength  # float32 products in another order, through ten steps; 2e-6 was seen
     assert Path(lora).stat().st_size < 2e6
+
+
+def test_the_lora_of_esd_draws_alike_in_a_plain_pipeline(model, tmp_path):
+    recipe = read_recipe(tasks_folder() / "recipes" / "esd_emoji.toml")
+    edit = build(ESD, {**recipe, "rank": 4, "steps": 4, "learning_rate": 1e-2}).erase(model, concept())
+    edit.export_diffusers_lora(tmp_path, model)
+    plain = emoji.load()
+    plain.load_lora_weights(str(tmp_path), adapter_name="edit")
+    prompts, seeds = ["a noto dog", "a fluent owl"], [0, 1]
+    unedited = model.generate(prompts, seeds=seeds, steps=10)
+    for strength in (-1.0, 1.0, 2.0):
+        plain.set_adapters(["edit"], adapter_weights=[strength])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
+        drawn = plain(prompts, generator=generators, **settings).images
+        with (strength * edit).applied(model):
+            ours = model.generate(prompts, seeds=seeds, steps=10)
+        assert (drawn - ours).abs().max() < 1e-4, strength  # float32 products in another order, through ten steps; 2e-6 was seen
+        assert (ours - unedited).abs().mean() > 5e-3
+
+
+SHORT = """
+kind = "object"
+objects = ["dog", "cat", "owl", "key", "castle"]
+styles = ["noto", "ink"]
+templates = ["the {object} in {style}"]
+images = 4
+images_general = 1
+images_others = 1
+steps = 10
+guidance = 3.0
+unrelated = "castle"
+"""
+
+
+def test_the_command_line_scores_attacks_and_draws(model, tmp_path):
+    from typer.testing import CliRunner
+
+    from conceptx.cli import app
+
+    UCE().erase(model, concept()).save(tmp_path / "edit")
+    (tmp_path / "short.toml").write_text(SHORT)
+    (tmp_path / "attack.toml").write_text("steps = 2\nbatch_size = 2\nlearning_rate = 0.02\n")
+    paths = {
+        "edit": "edit",
+        "benchmark": "short.toml",
+        "attack": "attack.toml",
+        "picture": "sheet.png",
+        "json": "r.json",
+    }
+    options = [part for name, file in paths.items() for part in (f"--{name}", str(tmp_path / file))]
+    call = ["evaluate", emoji.NAME, "--concept", str(tasks_folder() / "concepts" / "dog.toml"), *options]
+    result = CliRunner().invoke(app, call, catch_exceptions=False)
+    assert result.exit_code == 0 and "Acc_e" in result.output and "recovery" in result.output
+    scores = {(s["task"], s["metric"], s["part"]): s for s in json.loads((tmp_path / "r.json").read_text())["scores"]}
+    assert scores["target", "Acc_e", "all"]["n"] == 4 and scores["target", "Acc_e", "all"]["unedited"] is not None
+    assert scores["recovery", "TextualInversion", "unrelated"]["n"] == 4
+    assert (tmp_path / "sheet.png").stat().st_size > 1000

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conceptx.testbeds import emoji
-from conceptx.testbeds.emoji import shipping
+from conceptx.testbeds.emoji import networks, shipping
 from conceptx.testbeds.emoji.drawings import stamped
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -32,6 +32,16 @@ def test_what_ships_is_small_and_holds_no_code():
     assert {path.suffix for path in files} == {".safetensors", ".json", ".md"}
     assert sum(path.stat().st_size for path in files) < 35e6
     assert all(style.licence in (emoji.folder() / "ATTRIBUTION.md").read_text() for style in emoji.STYLES)
+
+
+def test_the_tokenizer_is_the_one_that_the_captions_give():
+    """Its numbering must not depend on the process that learns it: each stage of the training learns it again."""
+    from transformers import CLIPTokenizer
+
+    shipped = CLIPTokenizer.from_pretrained(emoji.folder() / "tokenizer")
+    built = networks.build_tokenizer()
+    assert shipped.get_vocab() == built.get_vocab()
+    assert shipped(list(emoji.OBJECT_NAMES))["input_ids"] == built(list(emoji.OBJECT_NAMES))["input_ids"]
 
 
 def test_the_judges_know_every_drawing_that_no_training_saw(court):
