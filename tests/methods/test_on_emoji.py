@@ -112,7 +112,7 @@ def test_the_command_line_writes_a_lora_that_plain_diffusers_draws_alike(model, 
     for strength in strengths:
         with (strength * edit).applied(model):
             ours = model.generate(["a noto dog", "a fluent owl"], seeds=[0, 1], steps=10)
-        assert (drawn[strength] - ours).abs().max() < 1e-4, strength  # float32 products in another order, through ten steps; 2e-6 was seen
+        assert (drawn[strength] - ours).abs().max() < 1e-4, strength  # float32 in another order; 2e-6 was seen
     assert Path(lora).stat().st_size < 2e6
 
 
@@ -131,7 +131,7 @@ def test_the_lora_of_esd_draws_alike_in_a_plain_pipeline(model, tmp_path):
         drawn = plain(prompts, generator=generators, **settings).images
         with (strength * edit).applied(model):
             ours = model.generate(prompts, seeds=seeds, steps=10)
-        assert (drawn - ours).abs().max() < 1e-4, strength  # float32 products in another order, through ten steps; 2e-6 was seen
+        assert (drawn - ours).abs().max() < 1e-4, strength  # float32 in another order; 2e-6 was seen
         assert (ours - unedited).abs().mean() > 5e-3
 
 
