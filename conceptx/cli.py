@@ -89,7 +89,6 @@ def erase(
     host = _load(model, dtype, device)
     if method is None:
         eraser = _eraser(_usual_method(host), recipe, setting or [])
-    _check_fits(eraser, host)
     resumes = "checkpoint" in inspect.signature(eraser.erase).parameters
     resume: dict[str, Any] = {"checkpoint": out / "checkpoint"} if resumes else {}
     with shown():
@@ -254,16 +253,6 @@ def _usual_method(model: Model) -> str:
     from conceptx.models import LanguageModel
 
     return "elm" if isinstance(model, LanguageModel) else "uce"
-
-
-def _check_fits(eraser: Eraser, model: Model) -> None:
-    """Raises ValueError that names the methods for such a model, when this one works on others."""
-    from conceptx.capabilities import capabilities
-
-    kind = type(model).__name__
-    fitting = {row.name: row.module for row in capabilities() if kind in row.hosts}
-    if type(eraser).__name__ not in fitting:
-        raise ValueError(f"{type(eraser).__name__} does not work on a {kind}; these do: {', '.join(fitting.values())}.")
 
 
 def _load(model: str, dtype: str, device: str) -> Model:

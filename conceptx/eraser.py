@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from torch import Tensor
 from conceptx.concept import Concept
 from conceptx.edit import Edit
 from conceptx.geometry import Array, ConceptMap, Subspace
-from conceptx.models import LanguageModel
+from conceptx.models import LanguageModel, Model
 from conceptx.progress import track
 from conceptx.settings import build
 
@@ -136,3 +138,11 @@ def provenance(eraser: Any, concept: Concept | Sequence[Concept], seed: int, **m
         "versions": {package: version(package) for package in packages},
         **more,
     }
+
+
+def run_identity(record: Mapping[str, Any], concept: Concept | Sequence[Concept], model: Model) -> str:
+    """A hash of everything that determines a training, by which a checkpoint knows its own run."""
+    concepts = [c.model_dump(mode="json") for c in as_concepts(concept)]
+    fingerprint = model.fingerprint
+    parts = [record, concepts, fingerprint.structure, fingerprint.samples.tolist()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

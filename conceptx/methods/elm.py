@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import random
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from conceptx.concept import Concept, Personas
 from conceptx.edit import Edit
-from conceptx.eraser import Eraser, provenance
+from conceptx.eraser import Eraser, provenance, run_identity
 from conceptx.geometry import steer
 from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
@@ -141,7 +139,7 @@ class ELM(Eraser):
         self._check(model, concept)
         adapter = Adapter(self.rank, self.alpha, self.dropout, linear_modules(model, self.layers))
         record = provenance(self, concept, seed)
-        run = _identity(record, concept, model)
+        run = run_identity(record, concept, model)
         folder = None if checkpoint is None else Path(checkpoint)
         _warn_about_personas(model, concept, seed)
         accelerator = Accelerator(cpu=model.device.type == "cpu")
@@ -471,12 +469,6 @@ class _Batches:
 
     def _permutation(self, kind: str, rows: int, epoch: int) -> list[int]:
         return self._order(f"{self.seed} {kind} {epoch}", rows)
-
-
-def _identity(record: Mapping[str, Any], concept: Concept, model: LanguageModel) -> str:
-    """A hash of everything that determines a run."""
-    parts = [record, concept.model_dump(mode="json"), model.fingerprint.structure, model.fingerprint.samples.tolist()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _pack(kinds: Mapping[str, Targets]) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import re
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from conceptx.concept import Concept
 from conceptx.edit import Delta, Dense, Edit
-from conceptx.eraser import Eraser, as_concepts, provenance
+from conceptx.eraser import Eraser, as_concepts, provenance, run_identity
 from conceptx.geometry import steer
 from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
@@ -149,7 +147,7 @@ class ESD(Eraser):
         concepts = as_concepts(concept)
         prompts = _Asked.of(model, self._phrases(concepts), self.erase_from)
         record = provenance(self, concepts, seed)
-        plan = self._plan(_identity(record, concepts, model), seed, checkpoint)
+        plan = self._plan(run_identity(record, concepts, model), seed, checkpoint)
         accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
         if accelerator.num_processes > 1:
             raise ValueError(f"ESD trains in one process, there are {accelerator.num_processes}; start it alone.")
@@ -363,10 +361,3 @@ class _Steps:
 def _loss(model: DiffusionModel, _: nn.Module, rows: _Rows) -> Tensor:
     """The student is the model's own denoiser."""
     return (model.predict(rows.latents, rows.timesteps, rows.prompts) - rows.target).square().mean()
-
-
-def _identity(record: Mapping[str, Any], concepts: Sequence[Concept], model: DiffusionModel) -> str:
-    """A hash of everything that determines a run."""
-    fingerprint = model.fingerprint
-    parts = [record, [c.model_dump(mode="json") for c in concepts], fingerprint.structure, fingerprint.samples.tolist()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from conceptx.evaluation.images import Unedited, evaluate_images
 from conceptx.methods import ESD, UCE
 from conceptx.places import tasks_folder
 from conceptx.settings import build, read_recipe
+from conceptx.store import load_tensors
 from conceptx.testbeds import emoji
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -71,6 +72,7 @@ def test_a_map_and_its_fold_draw_the_same(model):
 
 PLAIN = """
 import sys, torch
+from safetensors.torch import save_file
 from diffusers import StableDiffusionPipeline
 folder, lora, out = sys.argv[1:4]
 no_checker = {"safety_checker": None, "requires_safety_checker": False}
@@ -82,9 +84,9 @@ for strength in map(float, sys.argv[4:]):
     pipe.set_adapters(["edit"], adapter_weights=[strength])
     settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    images[strength] = pipe(["a noto dog", "a fluent owl"], generator=generators, **settings).images
+    images[str(strength)] = pipe(["a noto dog", "a fluent owl"], generator=generators, **settings).images
 assert "conceptx" not in sys.modules
-torch.save(images, out)
+save_file(images, out)
 """
 
 
@@ -104,15 +106,15 @@ def test_the_command_line_writes_a_lora_that_plain_diffusers_draws_alike(model, 
         [*call, "--method", "uce", "--out", str(folder), "--lora", str(lora)], check=True, capture_output=True
     )
     strengths = [-1.0, 0.5, 1.0, 2.0]
-    plain = [sys.executable, "-c", PLAIN, str(emoji.folder()), str(lora.parent), str(tmp_path / "images.pt")]
+    plain = [sys.executable, "-c", PLAIN, str(emoji.folder()), str(lora.parent), str(tmp_path / "images.safetensors")]
     subprocess.run([*plain, *map(str, strengths)], check=True, capture_output=True, cwd=tmp_path)
-    drawn = torch.load(tmp_path / "images.pt", weights_only=True)
+    drawn = load_tensors(tmp_path / "images.safetensors")
     edit = Edit.load(folder)
     assert json.loads((folder / "edit.json").read_text())["provenance"][0]["method"] == "UCE"
     for strength in strengths:
         with (strength * edit).applied(model):
             ours = model.generate(["a noto dog", "a fluent owl"], seeds=[0, 1], steps=10)
-        assert (drawn[strength] - ours).abs().max() < 1e-4, strength  # float32 in another order; 2e-6 was seen
+        assert (drawn[str(strength)] - ours).abs().max() < 1e-4, strength  # float32 in another order; 2e-6 was seen
     assert Path(lora).stat().st_size < 2e6
 
 

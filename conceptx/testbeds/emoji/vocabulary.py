@@ -160,7 +160,7 @@ def article(name: str) -> str:
     """The name with its article: "an owl", "grapes"."""
     if name in PLURAL:
         return name
-    return f"an {name}" if name[0] in "aeio" or name.startswith("um") or name == "unknown" else f"a {name}"
+    return f"an {name}" if name[0] in "aeio" or name.startswith("um") else f"a {name}"
 
 
 PLURAL = frozenset(("cherries", "french fries", "glasses", "grapes", "scissors", "socks", "swords"))
