@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0# a GPU build: make venv TORCH="torch==2.13.0+cu128"
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := dev,eval,gguf,convex,plots,diffusion
+EXTRAS := dev,eval,gguf,convex,plots,diffusion,sae,tune
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false

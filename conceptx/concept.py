@@ -42,6 +42,7 @@ class Concept(BaseModel):
     anchor:       what to show or say instead.
     retain:       names of what must be kept.
     retain_texts: texts about other things (the retain corpus).
+    contexts:     sentences put before a question to coax the concept out (attacks).
     classes:      for an attribute, its values with texts of each: {"female": [...], "male": [...]}.
     personas:     expert and novice prefixes for ELM (default: general templates around the description).
 
@@ -60,6 +61,7 @@ class Concept(BaseModel):
     anchor: str | None = None
     retain: tuple[Text, ...] = ()
     retain_texts: tuple[Text, ...] = ()
+    contexts: tuple[Text, ...] = ()
     classes: dict[Text, tuple[Text, ...]] = {}
     personas: Personas | None = None
 

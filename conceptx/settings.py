@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """A setting that a search may choose between two numbers; `log`: on a logarithmic scale."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A setting that a search may choose among a few values."""
+
+    values: tuple[Any, ...]
+
+
+def tunable(
+    default: T, low: float | None = None, high: float | None = None, *, log: bool = False, choices: Sequence[T] = ()
+) -> T:
+    """A dataclass field that `conceptx tune` may vary: between two numbers (whole ones where the default is whole), or
+    among choices.
+
+    Raises ValueError when neither is given, or both.
+    """
+    if (low is None or high is None) == (not choices):
+        raise ValueError("A tunable field needs two limits, or choices.")
+    space = Choices(tuple(choices)) if low is None or high is None else Range(low, high, log)
+    return dataclasses.field(default=default, metadata={"tunable": space})
+
+
+def tunable_fields(kind: type) -> dict[str, Range | Choices]:
+    """What a search may vary of a dataclass, by the name of the field."""
+    fields = dataclasses.fields(kind)
+    return {field.name: field.metadata["tunable"] for field in fields if "tunable" in field.metadata}
 
 
 def build(kind: type[T], settings: Mapping[str, Any]) -> T:

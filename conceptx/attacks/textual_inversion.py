@@ -10,10 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptx.attacks.attack import Goal
+from conceptx.attacks.embeddings import found, frozen, standing_in
 from conceptx.models.diffusion_sites import TEXT_ENCODERS
 from conceptx.models.modes import evaluating
 from conceptx.train.loop import Plan, train
@@ -81,7 +82,7 @@ class TextualInversion:
             gradient_clip=0.0,
             what=f"inverting {goal.name}",
         )
-        with evaluating(model.module), _frozen(model.module):
+        with evaluating(model.module), frozen(model.module):
             loss = partial(self._loss, model, latents, word, losses)
             train(student, lambda _: [None], loss, plan, Accelerator(cpu=model.device.type == "cpu"))
         return LearntToken(goal.name, word, student.values(), self.templates, tuple(losses))
@@ -187,26 +188,8 @@ def replaced(model: DiffusionModel, word: str, rows: Mapping[str, Tensor]) -> It
     """
     with ExitStack() as stack:
         for name, (encoder, tokenizer) in _encoders(model).items():
-            swap = partial(_swap, _tokens(tokenizer, word), rows[name])
-            for table in _tables(encoder):
-                stack.callback(table.register_forward_hook(swap).remove)
+            stack.enter_context(standing_in(_tables(encoder), _tokens(tokenizer, word), rows[name]))
         yield
-
-
-def _swap(
-    tokens: list[int], rows: Float[Tensor, "m d"], _: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    """A forward hook of an embedding table."""
-    starts = _found(args[0], tokens)
-    output = output.clone()
-    for offset, row in enumerate(rows.to(output.device, output.dtype)):
-        output[:, offset : offset + starts.shape[1]][starts] = row
-    return output
-
-
-def _found(ids: Int[Tensor, "n length"], tokens: Sequence[int]) -> Tensor:
-    """Where the run of tokens begins: true or false for (n, length - m + 1)."""
-    return (ids.unfold(1, len(tokens), 1) == torch.tensor(tokens, device=ids.device)).all(-1)
 
 
 def _encoders(model: DiffusionModel) -> dict[str, tuple[Any, Any]]:
@@ -246,19 +229,19 @@ def _fits(tokenizer: Any, word: str, texts: Sequence[str]) -> bool:
     tokens = _tokens(tokenizer, word)
     if not tokens or set(tokens) & {*tokenizer.all_special_ids}:  # the unknown token is one of them
         return False
-    return all(int(_found(torch.tensor([tokenizer(text).input_ids]), tokens).sum()) == 1 for text in texts)
+    return all(int(found(torch.tensor([tokenizer(text).input_ids]), tokens).sum()) == 1 for text in texts)
 
 
 def _starts(model: DiffusionModel, word: str, initial: str | None) -> dict[str, Tensor]:
     """The rows from which learning starts, float32."""
-    found = {}
+    starts = {}
     for name, (encoder, tokenizer) in _encoders(model).items():
         table = encoder.get_input_embeddings().weight.detach().float()
         chosen = table if initial is None else table[_tokens(tokenizer, initial)]
         if not len(chosen):
             raise ValueError(f"The initial word {initial!r} has no token.")
-        found[name] = chosen.mean(0).repeat(len(_tokens(tokenizer, word)), 1)
-    return found
+        starts[name] = chosen.mean(0).repeat(len(_tokens(tokenizer, word)), 1)
+    return starts
 
 
 # -- small things ----------------------------------------------------------------------------------------------
@@ -276,16 +259,3 @@ def _latents(model: DiffusionModel, goal: Goal) -> Float[Tensor, "m c h w"]:
             f"the model's are {model.latent_shape}."
         )
     return latents
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient for the length of the block."""
-    wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)

@@ -1,4 +1,6 @@
-"""Changes of one parameter, all additive and all in the orientation (out, in): `Dense`, `LowRank`, `Rows`."""
+"""Changes of one parameter, all additive and all in the orientation (out, in): `Dense`, `LowRank`,
+`Rows`, `Columns`.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +90,7 @@ class Rows:
             raise ValueError(
                 f"index (r,) and change (r, in) do not fit: {tuple(self.index.shape)}, {tuple(self.change.shape)}."
             )
-        if len(self.index.unique()) != len(self.index) or (len(self.index) and int(self.index.min()) < 0):
-            raise ValueError("The row numbers must be non-negative and each may appear once.")
+        _check_places(self.index, "row")
         finite(self.change, "change")
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -109,12 +110,49 @@ class Rows:
         return {"index": self.index, "change": self.change}
 
 
-Delta = Dense | LowRank | Rows
-DELTAS: dict[str, type[Dense] | type[LowRank] | type[Rows]] = {cls.kind: cls for cls in (Dense, LowRank, Rows)}
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Adds `change` (out, r) to the columns `index` (r,) of a weight; every column at most once.
+
+    A column of the layer that ends an MLP is what one neuron writes: its value vector.
+    """
+
+    index: Int[Tensor, " r"]
+    change: Float[Tensor, "out r"]
+    kind: ClassVar[str] = "columns"
+
+    def __post_init__(self) -> None:
+        if self.change.ndim != 2 or self.index.shape != self.change.shape[1:]:
+            raise ValueError(
+                f"index (r,) and change (out, r) do not fit: {tuple(self.index.shape)}, {tuple(self.change.shape)}."
+            )
+        _check_places(self.index, "column")
+        finite(self.change, "change")
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and self._transposed.fits(shape[::-1])
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The weight with the columns changed."""
+        return self._transposed.added_to(weight.T).T
+
+    def __mul__(self, strength: float) -> Columns:
+        return Columns(self.index, self.change * strength)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"index": self.index, "change": self.change}
+
+    @property
+    def _transposed(self) -> Rows:
+        return Rows(self.index, self.change.T)
+
+
+Delta = Dense | LowRank | Rows | Columns
+DELTAS: dict[str, type[Delta]] = {cls.kind: cls for cls in (Dense, LowRank, Rows, Columns)}
 
 
 def combine(first: Delta, second: Delta, shape: tuple[int, ...] | None = None) -> Delta:
-    """The delta that adds both. Pairs of `LowRank` are concatenated, pairs of `Rows` merged, others made dense.
+    """The delta that adds both. Pairs of `LowRank` are concatenated, of `Rows` or `Columns` merged, others dense.
 
     Raises ValueError when the two do not fit one parameter.
     """
@@ -125,21 +163,34 @@ def combine(first: Delta, second: Delta, shape: tuple[int, ...] | None = None) -
         return LowRank(torch.cat(_together(ups), 1), torch.cat(_together(downs), 0))
     if isinstance(first, Rows) and isinstance(second, Rows):
         return _merge_rows(first, second)
-    shape = shape or (first.shape if not isinstance(first, Rows) else second.shape)  # type: ignore[union-attr]
+    if isinstance(first, Columns) and isinstance(second, Columns):
+        merged = _merge_rows(first._transposed, second._transposed)
+        return Columns(merged.index, merged.change.T)
+    shape = shape or (first.shape if isinstance(first, Dense | LowRank) else second.shape)  # type: ignore[union-attr]
     if not (first.fits(shape) and second.fits(shape)):
         raise ValueError(f"The deltas do not both fit a parameter of shape {shape}.")
     return Dense(second.added_to(first.added_to(torch.zeros(shape, dtype=torch.float64))))
 
 
-def as_low_rank(delta: Delta, rows: int) -> LowRank | None:
-    """The same change as a LoRA pair for a weight with `rows` rows, or None for a dense one."""
+def as_low_rank(delta: Delta, shape: tuple[int, ...]) -> LowRank | None:
+    """The same change as a LoRA pair for a weight of that shape, or None for a dense one."""
     if isinstance(delta, LowRank):
         return delta
     if isinstance(delta, Rows):
-        selector = torch.zeros(rows, len(delta.index), dtype=delta.change.dtype)
-        selector[delta.index, torch.arange(len(delta.index))] = 1
-        return LowRank(selector, delta.change)
+        return LowRank(_selector(delta.index, shape[0], delta.change.dtype).T, delta.change)
+    if isinstance(delta, Columns):
+        return LowRank(delta.change, _selector(delta.index, shape[1], delta.change.dtype))
     return None
+
+
+def _selector(index: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """(r, length) with a one in each row, at its index."""
+    return torch.zeros(len(index), length, dtype=dtype).scatter_(1, index[:, None], 1)
+
+
+def _check_places(index: Tensor, what: str) -> None:
+    if len(index.unique()) != len(index) or (len(index) and int(index.min()) < 0):
+        raise ValueError(f"The {what} numbers must be non-negative and each may appear once.")
 
 
 def _merge_rows(first: Rows, second: Rows) -> Rows:

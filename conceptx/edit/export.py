@@ -97,7 +97,7 @@ def _pair(name: str, delta: Delta, model: Host | None, rank: int | None) -> LowR
         delta = _truncated(delta, rank)
     if model is None:
         return delta if isinstance(delta, LowRank) and name.endswith(".weight") else None
-    return as_low_rank(delta, model.parameter_shape(name)[0]) if model.takes_adapter(name) else None
+    return as_low_rank(delta, model.parameter_shape(name)) if model.takes_adapter(name) else None
 
 
 def _truncated(delta: Dense, rank: int) -> LowRank:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from conceptx.attacks.attack import Goal, LanguageAttack
 from conceptx.concept import Concept
 from conceptx.edit import Edit
+from conceptx.evaluation.attacked import goal_of
 from conceptx.evaluation.fluency import fluency
 from conceptx.evaluation.lm_eval import evaluate
 from conceptx.evaluation.report import Report, Score
@@ -69,15 +72,34 @@ class Benchmark(BaseModel):
         unedited: Report | None = None,
         half: str = "test",
         limit: int | None = None,
+        attacks: Sequence[LanguageAttack] = (),
+        control: Goal | None = None,
+        seed: int = 0,
     ) -> Report:
         """Score the model on all of it, and summarise each role.
 
+        attacks: also score the target and open questions under these, which know `goal_of(concept, self)`.
+        control: the goal of an unrelated concept, for the same attacks.  seed: theirs.
+
         Raises ValueError when a prompt is one of the concept's own texts (it would be scored on what it was erased
-        with).
+        with), or when attacks are to be scored on the questions they know.
         """
+        if attacks and half == "dev":
+            raise ValueError("Attacks know the questions of the dev half; score them on the test half.")
         if overlap := set(self.prompts) & {*concept.texts, *concept.retain_texts}:
             raise ValueError(f"{len(overlap)} prompts are texts of the concept, the first is {min(overlap)!r}.")
-        report = evaluate(model, self.tasks(half=half), edit=edit, unedited=unedited, limit=limit)
+        report = evaluate(
+            model,
+            self.tasks(half=half),
+            edit=edit,
+            unedited=unedited,
+            limit=limit,
+            attacks=attacks,
+            attacked=[*self.target, *self.open],
+            goal=goal_of(concept, self) if attacks else None,
+            control=control,
+            seed=seed,
+        )
         report = Report.joined([self.summary(report, half=half), report])
         return Report.joined([report, fluency(model, self.prompts, edit=edit)]) if self.prompts else report
 

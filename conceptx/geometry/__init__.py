@@ -2,6 +2,13 @@
 
 from conceptx.geometry.arrays import Array
 from conceptx.geometry.closed_form import WeightedRows, capped, replacement, weighted_dual
+from conceptx.geometry.dictionary import (
+    AffineDictionary,
+    Dictionary,
+    Reconstruction,
+    SparseDictionary,
+    reconstruction,
+)
 from conceptx.geometry.fantope import project_fantope, waterfill
 from conceptx.geometry.map import ConceptMap
 from conceptx.geometry.moments import Moments
@@ -11,17 +18,22 @@ from conceptx.geometry.subspace import Subspace
 from conceptx.geometry.whitening import shrink, whitening
 
 __all__ = [
+    "AffineDictionary",
     "Array",
     "ConceptMap",
     "DenseMetric",
+    "Dictionary",
     "Metric",
     "Moments",
+    "Reconstruction",
     "RetainMetric",
+    "SparseDictionary",
     "Subspace",
     "WeightedRows",
     "capped",
     "dual",
     "project_fantope",
+    "reconstruction",
     "replacement",
     "shrink",
     "steer",

@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,10 @@ from conceptx.geometry import steer
 from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.progress import track
+from conceptx.settings import tunable
 from conceptx.store import load_tensors, save_tensors
 from conceptx.train.loop import Plan, train
+from conceptx.train.order import rows_of_step
 from conceptx.train.targets import Targets, cross_entropy
 
 logger = logging.getLogger("conceptx")
@@ -85,13 +87,13 @@ class ELM(Eraser):
     rank: int = 4
     alpha: float = 16.0
     dropout: float = 0.05
-    eta: float = 500.0  # η
+    eta: float = tunable(500.0, 1.0, 1000.0, log=True)  # η
     ramp: bool = True
     temperature: float = 1.2
     top_k: int | None = 50
     erase_weight: float = 1.0  # λ₁
-    retain_weight: float = 1.0  # λ₂
-    fluency_weight: float = 1.0  # λ₃
+    retain_weight: float = tunable(1.0, 0.1, 10.0, log=True)  # λ₂
+    fluency_weight: float = tunable(1.0, 0.1, 10.0, log=True)  # λ₃
     retain_targets: Literal["soft", "hard"] = "soft"
     fluency_guidance: float | None = None  # γ
     fluency_targets: Literal["soft", "hard"] = "soft"
@@ -99,7 +101,7 @@ class ELM(Eraser):
     fluency_tokens: int = 60
     steps: int = 3000
     batch_size: int = 4
-    learning_rate: float = 5e-5
+    learning_rate: float = tunable(5e-5, 1e-5, 5e-3, log=True)
     gradient_clip: float = 1.0
     max_tokens: int = 150
     precision: Literal["no", "bf16"] = "no"
@@ -450,25 +452,13 @@ class _Batches:
 
     def of(self, step: int) -> list[tuple[Targets, float]]:
         """(rows, weight) of every kind: this process's share of the step's batch."""
+        return [(self._share(kind, step), weight) for kind, weight in self.weights.items()]
+
+    def _share(self, kind: str, step: int) -> Targets:
         index, count = self.accelerator.process_index, self.accelerator.num_processes
-        return [
-            (targets.rows(self._chosen(kind, len(targets), step)[index::count]).to(self.accelerator.device), weight)
-            for kind, weight in self.weights.items()
-            for targets in [self.kinds[kind]]
-        ]
-
-    def _chosen(self, kind: str, rows: int, step: int) -> list[int]:
-        """Consecutive places in an endless row of permutations."""
-        places = range(step * self.size, (step + 1) * self.size)
-        return [self._permutation(kind, rows, place // rows)[place % rows] for place in places]
-
-    @staticmethod
-    @lru_cache(maxsize=16)
-    def _order(seed: str, rows: int) -> list[int]:
-        return random.Random(seed).sample(range(rows), rows)
-
-    def _permutation(self, kind: str, rows: int, epoch: int) -> list[int]:
-        return self._order(f"{self.seed} {kind} {epoch}", rows)
+        targets = self.kinds[kind]
+        rows = rows_of_step(step, self.size, len(targets), f"{self.seed} {kind}")
+        return targets.rows(rows[index::count]).to(self.accelerator.device)
 
 
 def _pack(kinds: Mapping[str, Targets]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from conceptx.concept import Concept
-from conceptx.edit import Delta, Dense, Edit
+from conceptx.edit import Edit
 from conceptx.eraser import Eraser, as_concepts, provenance, run_identity
 from conceptx.geometry import steer
 from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
+from conceptx.models.weights import Student, in_float32, weights_in_place
 from conceptx.train.loop import Plan, train
 
 Variant = Literal["x", "u", "full", "x-strict"]
@@ -176,7 +177,7 @@ class ESD(Eraser):
 
     def _student(self, model: DiffusionModel, names: Sequence[str], seed: int) -> AbstractContextManager[Student]:
         if self.rank is None:
-            return weights_in_place(model, names)
+            return denoiser_in_place(model, names)
         linear = [name.removesuffix(".weight") for name in names if _linear(model.denoiser, name)]
         if not linear:
             raise ValueError(f"The variant {self.variant!r} selects no linear layer that could take an adapter.")
@@ -201,15 +202,6 @@ def chosen(model: DiffusionModel, variant: Variant) -> list[str]:
 # -- the student and its teacher, in one denoiser ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Student:
-    """module: what is trained.  teacher: a context in which it is the frozen model.  deltas: what was learnt."""
-
-    module: nn.Module
-    teacher: Callable[[], AbstractContextManager[Any]]
-    deltas: Callable[[], Mapping[str, Delta]]
-
-
 @contextmanager
 def adapter_in_place(model: DiffusionModel, adapter: Adapter, seed: int) -> Iterator[Student]:
     """A fresh LoRA adapter on the denoiser; the teacher is the denoiser without it."""
@@ -218,59 +210,10 @@ def adapter_in_place(model: DiffusionModel, adapter: Adapter, seed: int) -> Iter
 
 
 @contextmanager
-def weights_in_place(model: DiffusionModel, names: Sequence[str]) -> Iterator[Student]:
-    """Copies, in float32, stand in for the named parameters; on exit the denoiser has its own tensors again.
-
-    The user's tensors are set aside, not copied; those of the named parameters are the teacher.
-    """
-    module = model.denoiser
-    parameters = [module.get_parameter(name) for name in names]
-    with _set_aside(module):
-        for parameter in module.parameters():
-            parameter.requires_grad_(False).grad = None
-            parameter.data = parameter.data.float()
-        frozen = [parameter.data for parameter in parameters]
-        for parameter in parameters:
-            parameter.data = parameter.data.clone()
-            parameter.requires_grad_(True)
-
-        def deltas() -> Mapping[str, Delta]:
-            changes = (p.detach() - before for p, before in zip(parameters, frozen, strict=True))
-            return {f"{model.denoiser_name}.{n}": Dense(c.cpu()) for n, c in zip(names, changes, strict=True)}
-
-        yield Student(module, partial(_swapped, parameters, frozen), deltas)
-
-
-@contextmanager
-def _set_aside(module: nn.Module) -> Iterator[None]:
-    """Whatever happens to parameters and modes inside the block, the module has the same tensors afterwards."""
-    before = [(p, p.data, p.requires_grad, p.grad) for p in module.parameters()]
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for parameter, data, flag, gradient in before:
-            parameter.grad = None
-            parameter.data = data
-            parameter.requires_grad_(flag).grad = gradient
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextmanager
-def _swapped(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The tensors in the place of the parameters' own; no number is copied."""
-    own = [parameter.data for parameter in parameters]
-    _point(parameters, tensors)
-    try:
-        yield
-    finally:
-        _point(parameters, own)
-
-
-def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
-    for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.data = tensor
+def denoiser_in_place(model: DiffusionModel, names: Sequence[str]) -> Iterator[Student]:
+    """The named parameters themselves, the whole denoiser in float32; the teacher is their old values."""
+    with in_float32(model.denoiser), weights_in_place(model.denoiser, names, f"{model.denoiser_name}.") as student:
+        yield student
 
 
 def _linear(module: nn.Module, name: str) -> bool:

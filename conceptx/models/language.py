@@ -17,6 +17,7 @@ from conceptx.edit import Dense, Edit, Fingerprint
 from conceptx.geometry import ConceptMap
 from conceptx.models import parameters
 from conceptx.models.modes import evaluating
+from conceptx.models.passes import activations
 from conceptx.models.sites import Block, Site, block_of, block_sites
 from conceptx.store import replaced_folder
 
@@ -84,6 +85,15 @@ class LanguageModel:
             return self.parameter_shape(f"{readers[0]}.weight")[1]
         return int(self.module.config.hidden_size)
 
+    def mlp_gain(self, layer: int) -> Tensor:
+        """The factors (d,) from a row that the MLP of a layer writes to what `mlp_output` sees of it, but for one
+        positive number a token: those of the norm between them, ones where there is none."""
+        norm = self.block.mlp_after_norm
+        if norm is None:
+            return torch.ones(self.width(f"layers.{layer}.mlp_output"))
+        weight = self.module.get_submodule(f"{self.block.layers}.{layer}.{norm}").weight.detach().float().cpu()
+        return 1 + weight  # Gemma's norms count from one
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
@@ -122,14 +132,14 @@ class LanguageModel:
     def install(self, site: str, concept_map: ConceptMap) -> Any:
         """Pass the activations of a site through the map until `.remove()` of what is returned."""
         here = concept_map.to(self.device)
-        return self._hook(self.site(site), here)
+        return self.hook(self.site(site), here)
 
     def record(self, texts: Sequence[str], sites: Sequence[str], *, batch_size: int = 8) -> Iterator[dict[str, Tensor]]:
         """Run the texts, a batch at a time; yields {site: (tokens, d)} with padding left out, in the texts' order.
 
         The forward pass ends at the last of the sites. Raises ValueError for an empty list or text.
         """
-        wanted = [self.site(name) for name in sites]
+        wanted = [self.site(name).name for name in sites]
         for batch in batches(self.encode(texts), batch_size):
             ids, mask = self.pad([[*self.start, *row] for row in batch])
             texts_only = mask.clone()
@@ -137,30 +147,12 @@ class LanguageModel:
             yield self._record(ids, mask, texts_only.bool(), wanted)
 
     @torch.no_grad()
-    def _record(self, ids: Tensor, mask: Tensor, kept: Tensor, sites: list[Site]) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
+    def _record(self, ids: Tensor, mask: Tensor, kept: Tensor, sites: Sequence[str]) -> dict[str, Tensor]:
+        with evaluating(self.module):
+            return {name: states[kept] for name, states in activations(self, ids, mask, sites).items()}
 
-        def keep(name: str) -> Callable[[Tensor], Tensor]:
-            def look(x: Tensor) -> Tensor:
-                seen[name] = x[kept]
-                if len(seen) == len(sites):
-                    raise _Enough
-                return x
-
-            return look
-
-        hooks = [self._hook(site, keep(site.name)) for site in sites]
-        try:
-            with evaluating(self.module):
-                self.module(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
-
-    def _hook(self, site: Site, function: Callable[[Tensor], Tensor]) -> Any:
+    def hook(self, site: Site, function: Callable[[Tensor], Tensor]) -> Any:
+        """Pass the activations of a site through a function until `.remove()` of what is returned."""
         module = self.module.get_submodule(site.module)
         if site.side == "input":
             return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
@@ -329,10 +321,6 @@ def _set(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
-
-
-class _Enough(Exception):
-    """Ends a forward pass once everything asked for has been seen."""
 
 
 def _on_first(function: Callable[[Tensor], Tensor], output: Any) -> Any:

@@ -28,7 +28,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """Names inside one transformer block: the linear layers behind a norm, and the one that ends a sublayer."""
+    """Names inside one transformer block: the linear layers behind a norm, and the one that ends a sublayer.
+
+    mlp_after_norm: a norm between the MLP and the residual stream, where there is one.
+    """
 
     layers: str
     attention_norm: str
@@ -37,6 +40,7 @@ class Block:
     mlp_norm: str
     mlp_reads: tuple[str, ...]
     mlp_writes: str
+    mlp_after_norm: str | None = None
 
     def bias_switches(self) -> dict[str, tuple[str, ...]]:
         """The configuration fields by which Llama-like models get biases, with the linear layers each one governs."""
@@ -55,7 +59,7 @@ LLAMA = Block(
     mlp_reads=("mlp.gate_proj", "mlp.up_proj"),
     mlp_writes="mlp.down_proj",
 )
-GEMMA2 = replace(LLAMA, mlp_norm="pre_feedforward_layernorm")
+GEMMA2 = replace(LLAMA, mlp_norm="pre_feedforward_layernorm", mlp_after_norm="post_feedforward_layernorm")
 PHI3 = replace(LLAMA, attention_reads=("self_attn.qkv_proj",), mlp_reads=("mlp.gate_up_proj",))
 GPT2 = Block(
     layers="transformer.h",
@@ -99,10 +103,10 @@ def block_of(model_type: str) -> Block:
 
 
 def block_sites(block: Block, layer: int) -> list[Site]:
-    """The five sites of a layer, in the order in which activations pass them.
+    """The six sites of a layer, in the order in which activations pass them.
 
     attention_input and mlp_input lie behind the norms; attention_heads and mlp_hidden before the last linear layer of
-    a sublayer; output is the residual stream after the block.
+    a sublayer; mlp_output is what the MLP adds to the residual stream; output is the residual stream after the block.
     """
     path, name = f"{block.layers}.{layer}", f"layers.{layer}"
 
@@ -111,10 +115,12 @@ def block_sites(block: Block, layer: int) -> list[Site]:
 
     attention_out, mlp_out = inside(block.attention_writes, block.mlp_writes)
     attention_norm, mlp_norm = inside(block.attention_norm, block.mlp_norm)
+    mlp_added = f"{path}.{block.mlp_after_norm or block.mlp_writes}"
     return [
         Site(f"{name}.attention_input", attention_norm, "output", inside(*block.attention_reads)),
         Site(f"{name}.attention_heads", attention_out, "input", (attention_out,)),
         Site(f"{name}.mlp_input", mlp_norm, "output", inside(*block.mlp_reads)),
         Site(f"{name}.mlp_hidden", mlp_out, "input", (mlp_out,)),
+        Site(f"{name}.mlp_output", mlp_added, "output"),
         Site(f"{name}.output", path, "output"),
     ]

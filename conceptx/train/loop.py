@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ class Plan:
     run:        identifies settings, data and seed; a checkpoint of another run is refused.
     schedule:   the learning rate's factor as a function of the share of the steps done; None: 1 throughout.
     average:    decay of a running average of the parameters, which the student holds at the end; None: no average.
+    fused:      AdamW of all parameters in one kernel: faster for a whole model, different in the last bits.
     checkpoint: a safetensors file, written every `checkpoint_every` steps and after the last; None: none.
     what:       what the progress bar says.
     """
@@ -40,6 +41,7 @@ class Plan:
     gradient_clip: float = 1.0
     schedule: Callable[[float], float] | None = None
     average: float | None = None
+    fused: bool = False
     checkpoint: Path | None = None
     checkpoint_every: int = 50
     what: str = "training"
@@ -58,11 +60,27 @@ def train(
     Raises ValueError when the checkpoint belongs to another run or float16 is asked for (its gradients would need
     scaling), FloatingPointError when the loss is not finite.
     """
+    for _ in training(student, parts_of, loss_of, plan, accelerator):
+        pass
+
+
+def training(
+    student: nn.Module,
+    parts_of: Callable[[int], Sequence[Part]],
+    loss_of: Callable[[Any, Part], Tensor],
+    plan: Plan,
+    accelerator: Any,
+) -> Generator[int, None, None]:
+    """As `train`, pausing after each step with the number of steps done, so that the student can be looked at.
+
+    Between steps nothing of the loop is in force but the student's training mode: look at it under `evaluating`. Random
+    numbers drawn there change nothing of the training. An average is in the student only at the end.
+    """
     if accelerator.mixed_precision == "fp16":
         raise ValueError("Mixed precision in float16 is not supported; use bf16 or none.")
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
-    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, betas=plan.betas, weight_decay=plan.weight_decay)
+    optimiser = _adamw(parameters, plan)
     average = None if plan.average is None else [p.detach().clone() for p in parameters]
     start = _resume(plan, named, optimiser, average)
     prepared = accelerator.prepare_model(student)
@@ -80,10 +98,21 @@ def train(
             report(plan.what, step + 1, plan.steps, f"loss {loss:.4g}")
             if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
                 _checkpoint(plan, named, optimiser, average, step + 1, accelerator)
+            yield step + 1
     finally:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     if average is not None:
         torch._foreach_copy_([p.detach() for p in parameters], average)
+
+
+def _adamw(parameters: Sequence[nn.Parameter], plan: Plan) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=plan.learning_rate,
+        betas=plan.betas,
+        weight_decay=plan.weight_decay,
+        fused=plan.fused or None,
+    )
 
 
 def _follow(average: list[Tensor] | None, parameters: Sequence[nn.Parameter], decay: float | None, step: int) -> None:

@@ -93,6 +93,7 @@ def write_questions(name: str, domain: Domain, seen: set[str] | frozenset[str], 
 def write_concept(name: str, spec: dict) -> None:
     lines = [f"{key} = {_toml(spec[key])}" for key in ("name", "kind", "description", "synonyms")]
     lines += [f'texts_file = "corpora/{name}.forget.jsonl"', f'retain_texts_file = "corpora/{name}.retain.jsonl"']
+    lines += [f"contexts = {_toml(spec['contexts'])}"] if "contexts" in spec else []
     lines += ["", "[personas]", *(f"{key} = {_toml(spec[key])}" for key in ("expert", "novice"))]
     _write(TASKS / "concepts" / f"{name}.toml", "\n".join(lines))
 

@@ -1,9 +1,9 @@
-"""The three kinds of weight change: what they add, how they combine."""
+"""The four kinds of weight change: what they add, how they combine."""
 
 import pytest
 import torch
 
-from conceptx.edit import Dense, LowRank, Rows
+from conceptx.edit import Columns, Dense, LowRank, Rows
 from conceptx.edit.deltas import as_low_rank, combine
 
 SHAPE = (6, 5)
@@ -18,6 +18,7 @@ def one_of_each():
         Dense(normal(*SHAPE)),
         LowRank(normal(6, 2, seed=1), normal(2, 5, seed=2)),
         Rows(torch.tensor([4, 1]), normal(2, 5, seed=3)),
+        Columns(torch.tensor([4, 0]), normal(6, 2, seed=4)),
     ]
 
 
@@ -26,11 +27,13 @@ def change(delta):
 
 
 def test_each_kind_adds_what_it_says():
-    dense, pair, rows = one_of_each()
-    by_hand = torch.zeros(SHAPE, dtype=torch.float64)
-    by_hand[4], by_hand[1] = rows.change[0], rows.change[1]
+    dense, pair, rows, columns = one_of_each()
+    in_rows, in_columns = torch.zeros(2, *SHAPE, dtype=torch.float64)
+    in_rows[4], in_rows[1] = rows.change[0], rows.change[1]
+    in_columns[:, 4], in_columns[:, 0] = columns.change[:, 0], columns.change[:, 1]
     weight = normal(*SHAPE, seed=9)
-    for delta, expected in ((dense, dense.change), (pair, pair.up @ pair.down), (rows, by_hand)):
+    sums = (dense.change, pair.up @ pair.down, in_rows, in_columns)
+    for delta, expected in zip(one_of_each(), sums, strict=True):
         assert torch.equal(delta.added_to(weight), weight + expected)
 
 
@@ -50,8 +53,8 @@ def test_strength_multiplies_the_change(delta, strength):
     assert torch.equal(change(delta * strength), change(delta) * strength)
 
 
-@pytest.mark.parametrize("second", range(3))
-@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("second", range(4))
+@pytest.mark.parametrize("first", range(4))
 def test_combined_adds_both(first, second):
     one, two = one_of_each()[first], one_of_each()[second] * 0.5
     both = combine(one, two, SHAPE)
@@ -66,10 +69,11 @@ def test_combined_dense_changes_keep_float64():
     assert torch.equal(both.change - 1, (1 + tiny.change) - 1) and bool((both.change > 1).all())
 
 
-def test_rows_are_a_low_rank_change_and_dense_is_not():
-    dense, pair, rows = one_of_each()
-    assert torch.equal(change(as_low_rank(rows, 6)), change(rows))
-    assert as_low_rank(pair, 6) is pair and as_low_rank(dense, 6) is None
+def test_rows_and_columns_are_a_low_rank_change_and_dense_is_not():
+    dense, pair, rows, columns = one_of_each()
+    assert torch.equal(change(as_low_rank(rows, SHAPE)), change(rows))
+    assert torch.equal(change(as_low_rank(columns, SHAPE)), change(columns))
+    assert as_low_rank(pair, SHAPE) is pair and as_low_rank(dense, SHAPE) is None
 
 
 def test_no_rows_change_nothing():

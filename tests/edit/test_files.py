@@ -8,7 +8,7 @@ import torch
 from hosts import logits, tiny
 
 from conceptx import store
-from conceptx.edit import Dense, Edit, LowRank, Rows, files
+from conceptx.edit import Columns, Dense, Edit, LowRank, Rows, files
 from conceptx.geometry import ConceptMap, Subspace
 
 
@@ -29,6 +29,7 @@ def an_edit(model, seed=0):
             "model.layers.0.mlp.up_proj.weight": LowRank(normal(48, 2, seed=seed), normal(2, 32)),
             "model.layers.1.self_attn.q_proj.bias": Dense(normal(32).bfloat16()),
             "model.embed_tokens.weight": Rows(torch.tensor([7, 40]), normal(2, 32).float()),
+            "model.layers.1.mlp.down_proj.weight": Columns(torch.tensor([5]), normal(32, 1).float()),
         },
         generation={"top_k": 5},
         provenance=({"method": "test", "seed": seed, "settings": {"layers": (1, 2)}},),

@@ -58,7 +58,7 @@ def test_readers_read_the_activation_of_their_site_and_nothing_is_forgotten(kind
 @pytest.mark.parametrize("kind", ALL)
 def test_sites_stand_in_the_order_in_which_activations_pass(kind):
     model, order = tiny(kind), []
-    hooks = [model._hook(site, lambda x, name=name: order.append(name) or x) for name, site in model.sites.items()]
+    hooks = [model.hook(site, lambda x, name=name: order.append(name) or x) for name, site in model.sites.items()]
     logits(model, METALS[:1])
     for hook in hooks:
         hook.remove()

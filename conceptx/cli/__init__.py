@@ -1,0 +1,9 @@
+"""The command line. Thin: it reads files, calls the library, shows progress, and writes what comes back."""
+
+from conceptx.cli.dictionaries import train
+from conceptx.cli.edits import demo, erase, features, methods
+from conceptx.cli.frame import app, main
+from conceptx.cli.scores import evaluate
+from conceptx.cli.studies import compare, report, tune
+
+__all__ = ["app", "compare", "demo", "erase", "evaluate", "features", "main", "methods", "report", "train", "tune"]

@@ -1,0 +1,103 @@
+"""The commands for searches and studies, on a tiny model: features, dictionary train, tune, compare, report, attack."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import conceptx, folder  # noqa: F401  (a fixture)
+
+from conceptx.cli import studies
+from conceptx.dictionaries import load_dictionary
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The personas")
+EVERY = [
+    f"{layer}/{index}{sign}{place}"
+    for layer in range(3)
+    for index in (0, 1)
+    for sign in ("", "-")
+    for place in ("", "<")
+]
+PISCES = ["--set", "search_strength=4.0", "--set", "max_harm=5.0"]
+
+
+def test_features_are_shown_with_what_they_do_and_can_be_vetoed(folder: Path) -> None:  # noqa: F811
+    where = [folder / "model", "--concept", folder / "metals.toml", *PISCES]
+    output = conceptx("features", *where)
+    assert "chosen" in output and "forgotten" in output
+    shown = conceptx("features", *where, "--set", f"veto={EVERY}")
+    assert "vetoed" in shown and "chosen" not in shown
+
+
+def test_a_dictionary_is_trained_and_used(folder: Path) -> None:  # noqa: F811
+    texts = folder / "texts.txt"
+    texts.write_text("\n".join(f"the smith number {i} melts iron and tin in furnace {i}" for i in range(40)))
+    small = [part for s in ("width=64", "k=4", "steps=20", "batch_size=32") for part in ("--set", s)]
+    where = ["--site", "layers.1.mlp_output", "--texts", texts, "--out", folder / "sae"]
+    output = conceptx("dictionary", "train", folder / "model", *where, *small)
+    assert "dictionary of 64 features" in output and load_dictionary(folder / "sae").width == 64
+    source = ["--set", f'dictionary="{folder / "sae"}"']
+    assert "1/" in conceptx("features", folder / "model", "--concept", folder / "metals.toml", *PISCES, *source)
+
+
+def test_a_name_in_a_list_is_a_concept_with_its_benchmark_and_the_next_one_is_its_control() -> None:
+    subject = studies._subject("capitals", "capitals,physics")
+    assert subject.concept.name == "capital cities" and subject.benchmark.target == ("cx_capitals",)
+    assert subject.control is not None and subject.control.name == "physics"
+    assert studies._subject("physics", "physics").control is None
+    with pytest.raises(FileNotFoundError, match="There is no concept file"):
+        studies._subject("unicorns", "unicorns")
+
+
+def test_a_contender_has_the_recipe_of_its_concept_or_of_its_method_or_the_published_settings(tmp_path: Path) -> None:
+    (tmp_path / "capitals").mkdir()
+    (tmp_path / "leace.toml").write_text('sites = ["layers.1.mlp_input"]\nshrinkage = false\n')
+    (tmp_path / "capitals" / "pisces.toml").write_text("strength = 5.0\n")
+    leace = studies._contender("leace", "physics", tmp_path)
+    assert leace.sites == ("layers.1.mlp_input",) and vars(leace.eraser)["shrinkage"] is False
+    assert vars(studies._contender("pisces", "capitals", tmp_path).eraser)["strength"] == 5.0
+    published = studies._contender("pisces", "physics", tmp_path)
+    assert published.sites is None and vars(published.eraser)["strength"] == 36.0
+    with pytest.raises(ValueError, match="Unknown method 'magic'"):
+        studies._contender("magic", "physics", None)
+
+
+def test_an_attack_is_a_name_with_or_without_settings(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("epochs = 2\n")
+    name, attack = studies._attack(f"relearning={tmp_path / 'r.toml'}")
+    assert name == "relearning" and attack.epochs == 2
+    assert studies._attack("relearning")[1].epochs == 10
+    with pytest.raises(ValueError, match="Unknown attack 'magic'; available: relearning"):
+        studies._attack("magic")
+
+
+def test_in_the_background_the_same_command_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Process:
+        pid = 7
+
+        def __init__(self, command, **options):
+            started.append((command, options["start_new_session"]))
+
+    monkeypatch.setattr("subprocess.Popen", Process)
+    monkeypatch.setattr("sys.argv", ["conceptx", "compare", "smollm2", "--background", "--out", str(tmp_path)])
+    names = ["--concepts", "physics", "--methods", "leace", "--out", tmp_path, "--background"]
+    output = conceptx("compare", "smollm2", *names)
+    ((command, alone),) = started
+    assert command[1:] == ["-m", "conceptx", "compare", "smollm2", "--out", str(tmp_path)] and alone
+    assert "Running as process 7" in output and (tmp_path / "compare.log").is_file()
+
+
+def test_report_prints_a_comparison_or_a_saved_report(tmp_path: Path) -> None:
+    score = {"task": "target", "metric": "acc", "value": 0.5, "n": 80, "error": 0.05, "chance": 0.25}
+    rest = score | {"task": "general", "n": 400}
+    about = {"subject": "metals", "method": "un-edited", "seed": 0, "identity": "x"}
+    path = tmp_path / "metals" / "un-edited-0" / "report.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"scores": [score, rest], "settings": about}))
+    output = conceptx("report", tmp_path, "--picture", tmp_path / "p.png")
+    assert "metals" in output and "0.500" in output and (tmp_path / "p.png").stat().st_size > 5000
+    assert "| un-edited | 1 | 0.500" in conceptx("report", tmp_path, "--markdown")
+    assert "target" in conceptx("report", path)
