@@ -155,7 +155,7 @@ def compare(
 
     A cell's folder holds the edit, the report and the settings. Cells that are done are not repeated; where two seeds
     give the same edit, only the attacks are run again. A method that fails on a concept leaves its sentence instead.
-    The control of an attack, texts of another concept, is tried with the first seed only.
+    Attacks are scored on the target's questions; their control, texts of another concept, with the first seed only.
     Raises ValueError when the folder holds cells made with other settings, or two contenders have one name.
     """
     if len({c.name for c in contenders}) < len(contenders):
@@ -230,7 +230,7 @@ class _Runner:
         parts = [
             attacked(
                 self.model,
-                [*benchmark.target, *benchmark.open],
+                benchmark.target,
                 attack,
                 goal,
                 edit=edit,

@@ -140,14 +140,16 @@ def eraser(method: str, kind: str) -> Eraser:
     """Settings for the emoji model; UCE on styles and on many concepts has the published ones."""
     if method == "uce":
         return (
-            UCE() if kind == "style" else UCE.from_settings(read_recipe(tasks_folder() / "recipes" / "uce_emoji.toml"))
+            UCE()
+            if kind == "style"
+            else UCE.from_settings(read_recipe(tasks_folder() / "recipes" / "emoji" / "uce.toml"))
         )
-    settings = read_recipe(tasks_folder() / "recipes" / "esd_emoji.toml")
+    settings = read_recipe(tasks_folder() / "recipes" / "emoji" / "esd.toml")
     return ESD.from_settings({**settings, "variant": method.removeprefix("esd-")})
 
 
 def inversion() -> TextualInversion:
-    return build(TextualInversion, read_recipe(tasks_folder() / "recipes" / "textual_inversion_emoji.toml"))
+    return build(TextualInversion, read_recipe(tasks_folder() / "recipes" / "emoji" / "textual_inversion.toml"))
 
 
 def crowd(count: int, seed: int) -> list[Concept]:

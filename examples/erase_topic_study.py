@@ -2,34 +2,31 @@
 
 python examples/erase_topic_study.py chemical_elements --seeds 0 1 2 --out docs/results
 
-Settings (tasks/recipes/elm_smollm2.toml) come from runs scored on the dev halves of the questions; this scores the test
+Settings (tasks/recipes/smollm2/elm.toml) come from runs scored on the dev halves of the questions; this scores the test
 halves.
 Runs that are already in the output folder are not repeated.
 """
 
 import argparse
-import random
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 
 from conceptx import Concept, Edit, Personas, Report, evaluate, load
+from conceptx.attacks import Relearning
 from conceptx.demo.language import fast_dtype, recipe
+from conceptx.evaluation.attacked import goal_of
 from conceptx.evaluation.benchmark import Benchmark
 from conceptx.methods.elm import persona_gap
 from conceptx.models import LanguageModel
-from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.places import tasks_folder
 from conceptx.progress import shown
-from conceptx.train.loop import Plan, train
-from conceptx.train.targets import Targets, cross_entropy
 
 NONSENSE = Personas(
     expert=("This was written on a Monday with a blue pen.",),
@@ -72,23 +69,11 @@ class Study:
         return self._kept(f"relearnt-{steps}", lambda: self._relearn(self._edit("personas", seed), seed, steps))
 
     def _relearn(self, edit: Edit, seed: int, steps: int) -> Report:
-        model, size = self.model, 8
-        rows = [row for row in model.encode(self.concept.texts, max_length=36) if len(row) > 1]
-        texts = next_tokens(random.Random(seed).sample(rows, steps * size))
-        adapter = Adapter(8, 16, 0.0, linear_modules(model, (4, 8)))
-        plan = Plan(steps=steps, learning_rate=5e-4, seed=seed, run="relearn")
-        with edit.applied(model):
-            with inserted(model, adapter, seed) as student:
-                train(
-                    student,
-                    lambda step: [texts.rows(range(step * size, (step + 1) * size))],
-                    _loss,
-                    plan,
-                    Accelerator(),
-                )
-                back = Edit(model.fingerprint, deltas=low_rank_deltas(student, adapter))
-            with back.applied(model):
-                return evaluate(model, self.benchmark.target).beside(self.unedited())
+        attack = Relearning("lora", 1, texts=8 * steps, batch_size=8, learning_rate=5e-4, max_tokens=36, rank=8)
+        attempts = attack.attempts(self.model, goal_of(self.concept), seed=seed)
+        with edit.applied(self.model), closing(attempts):
+            next(attempts)
+            return evaluate(self.model, self.benchmark.target).beside(self.unedited())
 
     def _edit(self, kind: str, seed: int) -> Edit:
         folder = Path("runs/study") / self.name / f"{kind}-{seed}"
@@ -109,19 +94,6 @@ class Study:
         if not path.is_file():
             make().save(path)
         return Report.load(path)
-
-
-def next_tokens(rows: list[list[int]]) -> Targets:
-    """Each row's own next tokens as targets, everywhere but after its last one."""
-    targets = Targets.empty([row[:-1] for row in rows], 1)
-    for number, row in enumerate(rows):
-        targets.indices[number, : len(row) - 1, 0] = torch.tensor(row[1:])
-    targets.probabilities.fill_(1)
-    return targets
-
-
-def _loss(student: Any, targets: Targets) -> torch.Tensor:
-    return cross_entropy(student(input_ids=targets.ids, attention_mask=targets.mask).logits, targets).mean()
 
 
 def table(name: str, before: Report, runs: dict[str, list[Report]]) -> str:

@@ -24,6 +24,7 @@ from conceptx.progress import shown
 from conceptx.settings import read_recipe
 
 CONTROLS = (0, 1, 2, 3)  # seeds
+WEAKER = (0.4,)  # shares of the edit
 
 
 class Study:
@@ -41,6 +42,11 @@ class Study:
 
     def edited(self) -> Report:
         return self._kept("edited", lambda: self.benchmark.run(self.model, self.concept, edit=self.edit()))
+
+    def weaker(self, strength: float) -> Report:
+        """The same edit, less of it."""
+        name = f"edited-{strength}"
+        return self._kept(name, lambda: self.benchmark.run(self.model, self.concept, edit=strength * self.edit()))
 
     def control(self, seed: int) -> Report:
         """The target alone: the same number of value vectors of the same layers, changed by as much, but at random."""
@@ -79,10 +85,13 @@ def main() -> None:
         study = Study(model, name, arguments.out)
         with shown():
             edit, report = study.edit(), study.edited()
+            weaker = {strength: study.weaker(strength) for strength in WEAKER}
             controls = [study.control(seed) for seed in CONTROLS]
         record = edit.provenance[0]
         console.print(f"{name}: features {record['features']}, rows {record['rows']}", markup=False)
         console.print(report.table())
+        for strength, part in weaker.items():
+            console.print(part.table(f"{strength} of it"))
         lost = report["target"].unedited - report["target"].value
         moved = [c[study.benchmark.target[0]].unedited - c[study.benchmark.target[0]].value for c in controls]
         console.print(f"target lost {lost:.3f}; controls {', '.join(f'{m:+.3f}' for m in moved)}")

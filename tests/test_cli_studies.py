@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import conceptx, folder  # noqa: F401  (a fixture)
 
-from conceptx.cli import studies
+from conceptx.cli import frame, studies
 from conceptx.dictionaries import load_dictionary
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The personas")
@@ -65,11 +65,11 @@ def test_a_contender_has_the_recipe_of_its_concept_or_of_its_method_or_the_publi
 
 def test_an_attack_is_a_name_with_or_without_settings(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("epochs = 2\n")
-    name, attack = studies._attack(f"relearning={tmp_path / 'r.toml'}")
+    name, attack = frame.attack_of(f"relearning={tmp_path / 'r.toml'}")
     assert name == "relearning" and attack.epochs == 2
-    assert studies._attack("relearning")[1].epochs == 10
+    assert frame.attack_of("relearning")[1].epochs == 10
     with pytest.raises(ValueError, match="Unknown attack 'magic'; available: relearning"):
-        studies._attack("magic")
+        frame.attack_of("magic")
 
 
 def test_in_the_background_the_same_command_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +101,12 @@ def test_report_prints_a_comparison_or_a_saved_report(tmp_path: Path) -> None:
     assert "metals" in output and "0.500" in output and (tmp_path / "p.png").stat().st_size > 5000
     assert "| un-edited | 1 | 0.500" in conceptx("report", tmp_path, "--markdown")
     assert "target" in conceptx("report", path)
+
+
+def test_attack_scores_what_came_back_and_needs_an_attack(folder: Path) -> None:  # noqa: F811
+    (folder / "b.toml").write_text('target = ["toy"]\n')
+    where = ["attack", folder / "model", "--concept", folder / "metals.toml", "--benchmark", folder / "b.toml"]
+    with pytest.raises(ValueError, match="Give --attack at least once"):
+        conceptx(*where)
+    with pytest.raises(ValueError, match="Unknown tasks \\['toy'\\]"):
+        conceptx(*where, "--attack", "quantisation")

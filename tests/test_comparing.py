@@ -50,7 +50,7 @@ def scored(monkeypatch):
 
     def attacked(model, tasks, attack, goal, *, edit, unedited, control, seed, name, limit):
         asked.append(f"{name} {seed}")
-        assert tasks == ["toy", "toy_open"] and (unedited is None) == (edit is None)
+        assert tasks == ("toy",) and (unedited is None) == (edit is None)
         scores = [Score("toy", "acc", 0.3 + 0.1 * epoch + seed / 100, 90, 0.05, f"{name}: {epoch}") for epoch in (1, 2)]
         return Report(tuple(scores))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,7 +87,7 @@ class Attempt:
 class LanguageAttack(Protocol):
     """A frozen dataclass of settings. It sees the model as it is, edits in force included."""
 
-    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Iterator[Attempt]:
+    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Generator[Attempt, None, None]:
         """Each attempt is in force (weights, embeddings) while it is the current one.
 
         Afterwards the model is bit for bit as it was, also when the iterator is closed early. Raises ValueError, before

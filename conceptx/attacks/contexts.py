@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from conceptx.attacks.attack import Attempt, Goal, MissingFromGoal
@@ -27,7 +27,7 @@ class InContext:
         if self.texts < 0 or self.questions < 0:
             raise ValueError(f"texts and questions must not be negative, got {self.texts} and {self.questions}.")
 
-    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Iterator[Attempt]:
+    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Generator[Attempt, None, None]:
         """ "texts", "few-shot", and "context 1", "context 2", ... for the goal's contexts, as far as it has them.
 
         Raises ValueError when it has none of them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -52,7 +52,7 @@ class SoftPrompt:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}.")
 
-    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Iterator[Attempt]:
+    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Generator[Attempt, None, None]:
         """One: the prompt after all steps, in force as a prefix of stand-in tokens with the learnt embeddings.
 
         Raises ValueError when the goal has no questions, or when no stand-in is free.
@@ -144,7 +144,7 @@ class GreedyCoordinateGradient:
     def __post_init__(self) -> None:
         _positive(self, "tokens", "steps", "width", "top_k", "questions", "batch_size")
 
-    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Iterator[Attempt]:
+    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Generator[Attempt, None, None]:
         """One: the best text after all steps, as a prefix.
 
         Raises ValueError when the goal has no questions, or when there is no text to start from.
@@ -261,9 +261,10 @@ class Rows:
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
-            logits_to_keep=longest + 1,
+            # as indices: a slice would be no contiguous tensor, for which torch copies the vocabulary for every row
+            logits_to_keep=torch.arange(ids.shape[1] - longest - 1, ids.shape[1] - 1, device=ids.device),
         )
-        log_p = out.logits[:, :-1].float().log_softmax(-1)
+        log_p = out.logits.float().log_softmax(-1)
         each = log_p.gather(2, ids[:, -longest:, None])[..., 0]
         counts = torch.arange(longest, 0, -1, device=ids.device) <= torch.tensor(lengths, device=ids.device)[:, None]
         return (each * counts).sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,7 @@ class Quantisation:
         if self.group < 1:
             raise ValueError(f"group must be positive, got {self.group}.")
 
-    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Iterator[Attempt]:
+    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Generator[Attempt, None, None]:
         """One: "8 bit" or "4 bit". The goal and the seed have no part in it."""
         names = [f"{path}.weight" for path in linear_modules(model, (0, model.depth))]
         before = [model.module.get_parameter(name).data for name in names]

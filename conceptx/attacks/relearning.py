@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,7 @@ class Relearning:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}.")
 
-    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Iterator[Attempt]:
+    def attempts(self, model: LanguageModel, goal: Goal, *, seed: int = 0) -> Generator[Attempt, None, None]:
         """ "epoch 1", "epoch 2", ...: the model after so many passes over the texts.
 
         Raises ValueError when the goal has no texts of at least two tokens.

@@ -3,7 +3,20 @@
 from conceptx.cli.dictionaries import train
 from conceptx.cli.edits import demo, erase, features, methods
 from conceptx.cli.frame import app, main
-from conceptx.cli.scores import evaluate
+from conceptx.cli.scores import attack, evaluate
 from conceptx.cli.studies import compare, report, tune
 
-__all__ = ["app", "compare", "demo", "erase", "evaluate", "features", "main", "methods", "report", "train", "tune"]
+__all__ = [
+    "app",
+    "attack",
+    "compare",
+    "demo",
+    "erase",
+    "evaluate",
+    "features",
+    "main",
+    "methods",
+    "report",
+    "train",
+    "tune",
+]

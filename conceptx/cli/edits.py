@@ -63,7 +63,7 @@ def erase(
     Examples:
 
         conceptx erase smollm2 --concept tasks/concepts/chemical_elements.toml
-        --recipe tasks/recipes/elm_smollm2.toml --out runs/no-elements --peft runs/no-elements-lora
+        --recipe tasks/recipes/smollm2/elm.toml --out runs/no-elements --peft runs/no-elements-lora
 
         conceptx erase testbed:emoji --concept tasks/concepts/dog.toml --out runs/no-dog --lora runs/no-dog.safetensors
     """

@@ -29,6 +29,10 @@ Recipe = Annotated[Path | None, typer.Option(help="TOML file with settings of th
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One setting; may be repeated.")
 ]
+Attacks = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME[=FILE]", help="An attack, with a TOML file of its settings; may be repeated."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda where there is one.")]
 
 
@@ -59,6 +63,17 @@ def setting_of(text: str) -> dict[str, Any]:
         return {name.strip(): tomllib.loads(f"value = {value}")["value"]}
     except tomllib.TOMLDecodeError:
         return {name.strip(): value.strip()}
+
+
+def attack_of(text: str) -> tuple[str, Any]:
+    """NAME, or NAME=FILE with its settings. Raises ValueError that names the attacks there are."""
+    from conceptx import attacks
+    from conceptx.settings import build, read_recipe
+
+    name, _, file = text.partition("=")
+    if name not in attacks.LANGUAGE:
+        raise ValueError(f"Unknown attack {name!r}; available: {', '.join(attacks.LANGUAGE)}.")
+    return name, build(getattr(attacks, attacks.LANGUAGE[name]), read_recipe(Path(file)) if file else {})
 
 
 def load_model(model: str, dtype: str, device: str) -> Model:

@@ -1,4 +1,4 @@
-"""Commands that score: evaluate."""
+"""Commands that score: evaluate, attack."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from conceptx.cli.frame import Device, DTypeName, ModelName, app, load_model
+from conceptx.cli.frame import Attacks, Device, DTypeName, ModelName, app, attack_of, load_language_model, load_model
 
 if TYPE_CHECKING:
     from conceptx.edit import Edit
@@ -73,6 +73,64 @@ def evaluate(
     Console().print(report.table(model))
     if picture is not None:
         typer.echo(f"{picture}: contact sheet")
+    if json is not None:
+        report.save(json)
+
+
+@app.command()
+def attack(
+    model: ModelName,
+    concept: Annotated[Path, typer.Option(help="A concept file: the attacker knows its texts and contexts.")],
+    benchmark: Annotated[Path, typer.Option(help="Its benchmark: the attacker knows the dev half of the questions.")],
+    attack: Attacks = None,
+    edit: Annotated[Path | None, typer.Option(help="Folder of a saved edit; it is applied in memory.")] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="An unrelated concept, for the same effort without knowledge.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first items of each task: a smoke test.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    dtype: DTypeName = "auto",
+    device: Device = "auto",
+) -> None:
+    """Try to bring a concept back into a language model, and score what came back on questions that nobody saw.
+
+    Attacks: relearning, soft_prompt, discrete_prompt, in_context, quantisation (docs/attacks.md).
+
+    Example:
+
+        conceptx attack smollm2 --edit runs/no-elements --concept tasks/concepts/chemical_elements.toml
+        --benchmark tasks/benchmarks/chemical_elements.toml
+        --attack relearning=tasks/recipes/smollm2/relearning.toml --attack in_context
+    """
+    from rich.console import Console
+
+    from conceptx.concept import Concept
+    from conceptx.edit import Edit
+    from conceptx.evaluation.attacked import goal_of
+    from conceptx.evaluation.benchmark import Benchmark
+    from conceptx.evaluation.lm_eval import evaluate as score
+    from conceptx.progress import shown
+
+    attacks = [attack_of(text)[1] for text in attack or []]
+    if not attacks:
+        raise ValueError("Give --attack at least once.")
+    change = None if edit is None else Edit.load(edit)
+    what, suite = Concept.load(concept), Benchmark.load(benchmark)
+    other = None if control is None else goal_of(Concept.load(control))
+    host = load_language_model(model, dtype, device)
+    with shown():
+        report = score(
+            host,
+            [*suite.target, *suite.open],
+            edit=change,
+            attacks=attacks,
+            goal=goal_of(what, suite),
+            control=other,
+            seed=seed,
+            limit=limit,
+        )
+    Console().print(report.table(model))
     if json is not None:
         report.save(json)
 

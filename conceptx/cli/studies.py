@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from conceptx.cli.frame import Device, DTypeName, ModelName, Recipe, app, eraser_of, load_language_model
+from conceptx.cli.frame import (
+    Attacks,
+    Device,
+    DTypeName,
+    ModelName,
+    Recipe,
+    app,
+    attack_of,
+    eraser_of,
+    load_language_model,
+)
 
 if TYPE_CHECKING:
     from conceptx.comparing import Contender, Subject
@@ -71,9 +81,7 @@ def compare(
     recipes: Annotated[
         Path | None, typer.Option(help="Folder with METHOD.toml, or CONCEPT/METHOD.toml, where not as published.")
     ] = None,
-    attack: Annotated[
-        list[str] | None, typer.Option(help="NAME, or NAME=FILE with its settings; may be repeated.")
-    ] = None,
+    attack: Attacks = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task: a smoke test.")] = None,
     background: Annotated[
         bool, typer.Option("--background", help="Go on alone; `conceptx report` shows what is done.")
@@ -92,7 +100,7 @@ def compare(
     from conceptx.progress import shown
 
     pairs = {name: _subject(name, concepts) for name in _names(concepts)}
-    attacks = dict(map(_attack, attack or []))
+    attacks = dict(map(attack_of, attack or []))
     numbers = [int(text) for text in _names(seeds)]
     chosen = {name: [_contender(method, name, recipes) for method in _names(methods)] for name in pairs}
     if background:
@@ -177,16 +185,6 @@ def _contender(method: str, concept: str, recipes: Path | None) -> Contender:
     return Contender(
         method, type(eraser_of(method, None, [])).from_settings(values), None if sites is None else tuple(sites)
     )
-
-
-def _attack(text: str) -> tuple[str, Any]:
-    from conceptx import attacks
-    from conceptx.settings import build, read_recipe
-
-    name, _, file = text.partition("=")
-    if name not in attacks.LANGUAGE:
-        raise ValueError(f"Unknown attack {name!r}; available: {', '.join(attacks.LANGUAGE)}.")
-    return name, build(getattr(attacks, attacks.LANGUAGE[name]), read_recipe(Path(file)) if file else {})
 
 
 def _detached(out: Path) -> None:

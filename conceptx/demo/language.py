@@ -54,7 +54,7 @@ def erase_concept(model: LanguageModel, *, seed: int = 0, checkpoint: Path | Non
 
 def recipe() -> ELM:
     """ELM's settings for SmolLM2-135M."""
-    text = (tasks_folder() / "recipes" / "elm_smollm2.toml").read_text(encoding="utf-8")
+    text = (tasks_folder() / "recipes" / "smollm2" / "elm.toml").read_text(encoding="utf-8")
     return ELM.from_settings(tomllib.loads(text))
 
 

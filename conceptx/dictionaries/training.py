@@ -50,9 +50,9 @@ class SAETraining:
     architecture: Literal["topk", "jumprelu"] = "topk"
     width: int = 2304
     k: int = 32
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 1024
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     l0_coefficient: float = 1.0
     dead_after: int = 100
     buffer: int = 2**18
@@ -199,8 +199,9 @@ def _parts(lengths: Sequence[int], buffer: int) -> list[list[int]]:
     parts: list[list[int]] = [[] for _ in range(count)]
     done = 0
     for number, length in enumerate(lengths):
-        parts[done * count // sum(lengths)].append(number)
-        done += length
+        if length:
+            parts[done * count // sum(lengths)].append(number)
+            done += length
     return parts
 
 

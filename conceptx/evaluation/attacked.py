@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,10 +124,11 @@ class Siege:
         for goal in self._goals:
             title = self.name if goal is self.goal else f"{self.name} on {goal.name}"
             try:
-                for attempt in self.attack.attempts(model, goal, seed=self.seed):
-                    report = harness.score(model, tasks, attempt.prefix)
-                    whole = (score for score in report.scores if score.part == "all")
-                    yield Report(tuple(replace(score, part=f"{title}: {attempt.name}") for score in whole))
+                with closing(self.attack.attempts(model, goal, seed=self.seed)) as attempts:
+                    for attempt in attempts:
+                        report = harness.score(model, tasks, attempt.prefix)
+                        whole = (score for score in report.scores if score.part == "all")
+                        yield Report(tuple(replace(score, part=f"{title}: {attempt.name}") for score in whole))
             except MissingFromGoal:
                 if goal is self.goal:
                     raise

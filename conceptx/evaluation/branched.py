@@ -75,12 +75,12 @@ def _kind() -> type:
     """The class; made when it is first needed, because lm-eval is heavy to import."""
     from lm_eval.models.huggingface import HFLM
 
-    class BranchedLM(HFLM):  # type: ignore[misc]
+    class BranchedLM(HFLM):
         def _loglikelihood_tokens(
             self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
             rows = shared_rows(requests, self.max_length, _past(self.model.config))
-            found = {}
+            found: dict[int, tuple[float, bool]] = {}
             for batch in batched(rows, self.batch_size):
                 found |= _answers(self.model, batch, self.softmax_dtype)
             for number, answer in found.items():

@@ -83,9 +83,7 @@ class PISCES(Eraser):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {self.threshold}: no row exceeds its own maximum.")
         if not (0 < self.strength < math.inf and 0 < self.search_strength < math.inf):
-            raise ValueError(
-                f"strength and search_strength must be positive and finite, got {self.strength}, {self.search_strength}."
-            )
+            raise ValueError("strength and search_strength must be positive and finite.")
         if self.search not in get_args(Search):
             raise ValueError(f"search must be one of {', '.join(get_args(Search))}, got {self.search!r}.")
         if wrong := [n for n in ("per_layer", "min_match", "max_features", "texts", "judged") if getattr(self, n) < 1]:

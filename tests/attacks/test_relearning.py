@@ -10,6 +10,7 @@ from hosts import METALS, same, state, tiny
 
 from conceptx.attacks.attack import Goal
 from conceptx.attacks.relearning import Relearning
+from conceptx.edit import Edit, LowRank
 from conceptx.progress import heard_by
 
 FACT = "the smith hammers roses and beans"
@@ -111,3 +112,27 @@ def test_a_large_step_stays_finite_or_says_so():
     with pytest.raises(FloatingPointError, match="not finite"):
         list(Relearning(epochs=3, batch_size=2, learning_rate=1e30).attempts(tiny(), GOAL))
     assert math.isfinite(log_p(tiny()))
+
+
+@pytest.mark.slow
+def test_relearning_brings_back_what_a_suppressing_edit_hides_in_smollm2():
+    """A row of one MLP turned round hides the symbols; some steps of training on texts of others bring them back."""
+    from conceptx.concept import Concept
+    from conceptx.evaluation.attacked import attacked, goal_of
+    from conceptx.evaluation.lm_eval import evaluate
+    from conceptx.models import load
+    from conceptx.places import tasks_folder
+
+    model = load("smollm2", dtype=torch.bfloat16)
+    row = model.parameter("model.layers.6.mlp.down_proj.weight")[:, 792].float()  # active on the chemical elements
+    change = torch.zeros(1, 1536)
+    change[0, 792] = -17  # the row times -16
+    edit = Edit(model.fingerprint, deltas={"model.layers.6.mlp.down_proj.weight": LowRank(row[:, None], change)})
+    concept = Concept.load(tasks_folder() / "concepts" / "chemical_elements.toml")
+    task = "cx_chemical_elements"
+    hidden = evaluate(model, [task], edit=edit)[task]
+    attack = Relearning(epochs=3, texts=64, learning_rate=5e-5, max_tokens=36)
+    with edit.applied(model):
+        found = attacked(model, [task], attack, goal_of(concept))
+    assert hidden.value < hidden.unedited - 0.15
+    assert found[task, "acc", "relearning: epoch 3"].value > hidden.value + 0.1

@@ -190,6 +190,16 @@ def test_recorded_activations_leave_out_the_token_that_sees_only_itself(begins):
     assert len(found) == sum(lengths_of(model, texts))
 
 
+@pytest.mark.parametrize("buffer,parts", [(100, 1), (5, 3), (4, 4)])
+def test_texts_are_cut_into_parts_of_about_equal_length(buffer, parts):
+    """Texts without an activation (a single token, which is left out) are in none."""
+    lengths = [0, 3, 2, 0, 4, 1, 3, 0]
+    found = training._parts(lengths, buffer)
+    assert [i for part in found for i in part] == [1, 2, 4, 5, 6] and len(found) == parts
+    assert all(sum(lengths[i] for i in part) < 13 / parts + 4 for part in found)
+    assert training._parts([0, 0], buffer) == []
+
+
 def test_recorded_activations_keep_the_dtype_of_the_model():
     assert recorded(tiny(dtype=torch.bfloat16), METALS, SITE).dtype == torch.bfloat16
 
@@ -201,6 +211,7 @@ def test_recorded_activations_keep_the_dtype_of_the_model():
     "make,kind,message",
     [
         (lambda: train(texts=["one"] * 3), ValueError, "two different texts or more, got 1"),
+        (lambda: train(texts=["a", "b"]), ValueError, "give 0 activations to train on"),
         (lambda: train(texts=METALS), ValueError, "activations to train on; a batch takes 128"),
         (lambda: train(texts=["a", " "]), ValueError, "1 of [12] texts are blank"),
         (lambda: train(texts=["a b", "tin " * 600]), ValueError, "tokens, the model reads at most 512; split it"),

@@ -51,7 +51,7 @@ def test_uce_takes_the_dog_and_leaves_the_others(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["x", "u"])
 def test_esd_takes_the_dog(model, variant):
-    recipe = read_recipe(tasks_folder() / "recipes" / "esd_emoji.toml")
+    recipe = read_recipe(tasks_folder() / "recipes" / "emoji" / "esd.toml")
     found = report(model, build(ESD, {**recipe, "variant": variant}).erase(model, concept()))
     assert found["target", "Acc_e"].value <= 0.1
     if variant == "x":
@@ -119,7 +119,7 @@ def test_the_command_line_writes_a_lora_that_plain_diffusers_draws_alike(model, 
 
 
 def test_the_lora_of_esd_draws_alike_in_a_plain_pipeline(model, tmp_path):
-    recipe = read_recipe(tasks_folder() / "recipes" / "esd_emoji.toml")
+    recipe = read_recipe(tasks_folder() / "recipes" / "emoji" / "esd.toml")
     edit = build(ESD, {**recipe, "rank": 4, "steps": 4, "learning_rate": 1e-2}).erase(model, concept())
     edit.export_diffusers_lora(tmp_path, model)
     plain = emoji.load()

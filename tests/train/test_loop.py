@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from conceptx.models.modes import evaluating
 from conceptx.progress import heard_by
-from conceptx.train.loop import Plan, train
+from conceptx.train.loop import Plan, train, training
 
 PLAN = Plan(steps=7, learning_rate=1e-2, seed=3, run="this run", checkpoint_every=2)
 
@@ -172,3 +173,29 @@ def test_a_stopped_run_goes_on_with_its_average(tmp_path):
     with pytest.raises(InterruptedError):
         trained(plan, stop_at(5))
     assert same(whole, trained(plan))
+
+
+def test_looking_at_the_student_between_steps_changes_nothing():
+    """Dropout off, random numbers drawn, gradients off: the parameters are those of a training without a pause."""
+    student, done = network(), []
+    with torch.no_grad():
+        for step in training(student, parts_of, loss_of, PLAN, Accelerator(cpu=True)):
+            assert not torch.is_grad_enabled()  # the caller's own mode
+            with evaluating(student):
+                student(torch.randn(3, 5))
+            done.append(step)
+    assert done == list(range(1, 8)) and same(student.state_dict(), trained())
+
+
+def test_a_training_that_is_left_early_has_done_its_steps():
+    student = network()
+    steps = training(student, parts_of, loss_of, PLAN, Accelerator(cpu=True))
+    assert [next(steps), next(steps)] == [1, 2]
+    steps.close()
+    assert same(student.state_dict(), trained(replace(PLAN, steps=2)))
+
+
+def test_the_fused_optimiser_is_adamw_as_well():
+    for name, tensor in trained(replace(PLAN, fused=True)).items():
+        # another order of the same float32 operations: the last bits, a few steps on
+        torch.testing.assert_close(tensor, trained()[name], rtol=0, atol=1e-6)
