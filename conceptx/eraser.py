@@ -38,6 +38,12 @@ class Eraser(ABC):
             raise ValueError(f"{type(self).__name__} acts on a {' or '.join(known)}, got a {type(model).__name__}.")
         model.require_unedited()
 
+    @final
+    def _require(self, concept: Concept, *names: str) -> None:
+        """Raises ValueError when the concept has nothing in one of these fields."""
+        if missing := [name for name in names if not getattr(concept, name)]:
+            raise ValueError(f"{type(self).__name__} needs the concept's {missing[0]}; {concept.name!r} has none.")
+
     @classmethod
     @final
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:

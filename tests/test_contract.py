@@ -27,11 +27,16 @@ QUICK = {
     "ESD": {"steps": 12, "batch_size": 2, "sampling_steps": 3, "learning_rate": 5e-3, "trajectory": "frozen"},
     "INLP": {"rounds": 4},
     "PISCES": {"strength": 4.0, "search_strength": 4.0, "max_harm": 5.0, "max_features": 2},
+    "RMU": {
+        "layer": 1, "trained": 2, "relative": True, "coefficient": 4.0, "retain_weight": 10.0, "steps": 30,
+        "learning_rate": 1e-2, "max_tokens": 24,
+    },
     "PCADirections": {"rank": 8},  # one component promises nothing
 }  # fmt: skip
 FEWER = {  # where the effect does not matter
     "ELM": {"steps": 1, "batch_size": 2},
     "ESD": {"steps": 2, "learning_rate": 1e-3, "trajectory": "edited"},
+    "RMU": {"steps": 2},
 }
 
 

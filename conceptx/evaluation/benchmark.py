@@ -101,7 +101,11 @@ class Benchmark(BaseModel):
             seed=seed,
         )
         report = Report.joined([self.summary(report, half=half), report])
-        return Report.joined([report, fluency(model, self.prompts, edit=edit)]) if self.prompts else report
+        return (
+            Report.joined([report, fluency(model, self.prompts, edit=edit, unedited=unedited)])
+            if self.prompts
+            else report
+        )
 
     def summary(self, report: Report, *, half: str = "test") -> Report:
         """One score for each role of which the report has tasks: the mean over their items."""

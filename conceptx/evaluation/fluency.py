@@ -11,12 +11,15 @@ from conceptx.edit import Edit
 from conceptx.evaluation.report import Report, Score
 from conceptx.models import LanguageModel
 
+TASK = "fluency"
+
 
 def fluency(
     model: LanguageModel,
     prompts: Sequence[str],
     *,
     edit: Edit | None = None,
+    unedited: Report | None = None,
     max_new_tokens: int = 40,
     samples: int = 2,
     seed: int = 0,
@@ -28,18 +31,20 @@ def fluency(
     distinct_2: distinct pairs of neighbouring tokens in a continuation over all pairs; loops are fluent to a judge
     and are seen here only (1: no pair twice).
 
+    unedited: a report that holds these scores of the un-edited model already; else they are measured here.
     samples: continuations of each prompt, drawn at temperature 1 from the 95 % most likely tokens.
     Raises ValueError when there is no prompt.
     """
     if model.applied:
         raise ValueError("An edit is in force on this model; undo it and give it as the argument edit.")
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    unedited = _generate(model, repeated, max_new_tokens, seed)
+    if unedited is None or TASK not in {score.task for score in unedited.scores}:
+        unedited = _score(model, repeated, _generate(model, repeated, max_new_tokens, seed))
     if edit is None:
-        return _score(model, repeated, unedited)
+        return Report(tuple(score for score in unedited.scores if score.task == TASK))
     with edit.applied(model):
         edited = _generate(model, repeated, max_new_tokens, seed)
-    return _score(model, repeated, edited).beside(_score(model, repeated, unedited))
+    return _score(model, repeated, edited).beside(unedited)
 
 
 def _generate(model: LanguageModel, prompts: list[str], length: int, seed: int) -> list[str]:
@@ -61,8 +66,8 @@ def _score(model: LanguageModel, prompts: list[str], continuations: list[str]) -
     perplexity = float(losses.mean().exp())
     return Report(
         (
-            Score("fluency", "reverse_perplexity", perplexity, len(pairs), perplexity * _error(losses)),
-            Score("fluency", "distinct_2", float(variety.mean()), len(pairs), _error(variety)),
+            Score(TASK, "reverse_perplexity", perplexity, len(pairs), perplexity * _error(losses)),
+            Score(TASK, "distinct_2", float(variety.mean()), len(pairs), _error(variety)),
         )
     )
 

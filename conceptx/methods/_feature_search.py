@@ -147,7 +147,8 @@ def record(
     width = model.width(f"layers.{layers[0]}.mlp_hidden")
     signs = {place: torch.zeros(model.depth, width) for place in PLACES}
     first = 0
-    for seen in track(model.record([*texts, *others], sites), "recording MLPs", -(-len(rows) // 8)):
+    recorded = model.record([*texts, *others], sites, batch_size=CHUNK)
+    for seen in track(recorded, "recording MLPs", -(-len(rows) // CHUNK)):
         count = len(seen[sites[0]])
         for layer in layers:
             states[layer].append(seen[f"layers.{layer}.mlp_output"].cpu())

@@ -20,7 +20,7 @@ from conceptx.progress import track
 from conceptx.settings import tunable
 
 Positions = Literal["all", "last"]
-CHUNK = 8  # texts a forward pass
+CHUNK = 32  # texts a forward pass
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ class DirectionalAblation(Eraser):
         Matrices with a lambda of zero are left out. Raises ValueError when the concept has no texts or no retain_texts,
         or when an edit is in force on the model.
         """
-        for name in ("texts", "retain_texts"):
-            if not getattr(concept, name):
-                raise ValueError(f"DirectionalAblation needs the concept's {name}; {concept.name!r} has none.")
+        self._require(concept, "texts", "retain_texts")
         self._accept(model)
         target, neutral = (means(model, texts, self.positions) for texts in (concept.texts, concept.retain_texts))
         found = self._chosen(directions(target, neutral))

@@ -163,9 +163,7 @@ class ELM(Eraser):
         return Edit(model.fingerprint, deltas=deltas, provenance=(record,))
 
     def _check(self, model: LanguageModel, concept: Concept) -> None:
-        for name in ("texts", "retain_texts"):
-            if not getattr(concept, name):
-                raise ValueError(f"ELM needs the concept's {name}; {concept.name!r} has none.")
+        self._require(concept, "texts", "retain_texts")
         self._accept(model)
 
     def _plan(self, run: str, seed: int, folder: Path | None) -> Plan:

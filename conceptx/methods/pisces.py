@@ -138,9 +138,7 @@ class PISCES(Eraser):
     def _prepared(
         self, model: LanguageModel, concept: Concept, seed: int, dictionaries: Mapping[int, Dictionary] | None
     ) -> _Work:
-        for name in ("texts", "retain_texts"):
-            if not getattr(concept, name):
-                raise ValueError(f"PISCES needs the concept's {name}; {concept.name!r} has none.")
+        self._require(concept, "texts", "retain_texts")
         self._accept(model)
         named = [Feature.parse(name).layer for name in self.features]
         layers = sorted(set(named or self.layers or dictionaries or range(model.depth)))

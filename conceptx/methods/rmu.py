@@ -105,9 +105,7 @@ class RMU(Eraser):
         return f"layers.{self.layer}.output"
 
     def _check(self, model: LanguageModel, concept: Concept) -> None:
-        for name in ("texts", "retain_texts"):
-            if not getattr(concept, name):
-                raise ValueError(f"RMU needs the concept's {name}; {concept.name!r} has none.")
+        self._require(concept, "texts", "retain_texts")
         self._accept(model)
         if self.layer >= model.depth:
             raise ValueError(f"There is no layer {self.layer}; the model has {model.depth}, 0 to {model.depth - 1}.")

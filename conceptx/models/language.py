@@ -134,7 +134,9 @@ class LanguageModel:
         here = concept_map.to(self.device)
         return self.hook(self.site(site), here)
 
-    def record(self, texts: Sequence[str], sites: Sequence[str], *, batch_size: int = 8) -> Iterator[dict[str, Tensor]]:
+    def record(
+        self, texts: Sequence[str], sites: Sequence[str], *, batch_size: int = 32
+    ) -> Iterator[dict[str, Tensor]]:
         """Run the texts, a batch at a time; yields {site: (tokens, d)} with padding left out, in the texts' order.
 
         The forward pass ends at the last of the sites. Raises ValueError for an empty list or text.

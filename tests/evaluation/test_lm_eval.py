@@ -117,6 +117,7 @@ def test_fluency_of_the_unedited_model_is_its_own_perplexity() -> None:
     prompts = ["the smith", "grandmother waters", "rain falls on", "gold is"]
     plain = fluency(model, prompts, max_new_tokens=12)
     edited = fluency(model, prompts, edit=perturbation(model), max_new_tokens=12)
+    assert fluency(model, prompts, edit=perturbation(model), unedited=plain, max_new_tokens=12) == edited
     assert edited["fluency", "reverse_perplexity"].unedited == plain["fluency", "reverse_perplexity"].value
     assert edited["fluency", "reverse_perplexity"].value > plain["fluency", "reverse_perplexity"].value
 
