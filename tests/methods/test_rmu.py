@@ -10,12 +10,15 @@ from accelerate import Accelerator
 from hosts import ALL, GARDEN, METALS, logits, same, state, tiny, tokenizer
 from tokenizers import processors
 
+import conceptx
 from conceptx import Concept, Edit, wrap
+from conceptx.evaluation.lm_eval import evaluate
 from conceptx.methods import rmu
 from conceptx.methods.rmu import RMU
 from conceptx.models.passes import activations
 from conceptx.models.weights import weights_in_place
-from conceptx.settings import tunable_fields
+from conceptx.places import tasks_folder
+from conceptx.settings import read_recipe, tunable_fields
 from conceptx.train.order import rows_of_step
 
 CONCEPT = Concept("metals", texts=METALS, retain_texts=GARDEN)
@@ -350,3 +353,20 @@ def test_several_processes_are_refused(monkeypatch):
 def test_wrong_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         change(**fields)
+
+
+# -- a real model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_recipe_takes_the_elements_from_smollm2_and_keeps_their_neighbours():
+    """Measured on these halves: target .72 -> .16 (chance .25), near .75 -> .72; seed 0, standard error .05."""
+    settings = RMU.from_settings(read_recipe(tasks_folder() / "recipes" / "smollm2" / "rmu.toml"))
+    concept = Concept.load(tasks_folder() / "concepts" / "chemical_elements.toml")
+    model = conceptx.load("smollm2", dtype=torch.bfloat16)
+    edit = settings.erase(model, concept)
+    assert [*edit.deltas] == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (7, 8, 9)]
+    report = evaluate(model, ["cx_chemical_elements_dev", "cx_chemistry_dev", "cx_physics_dev"], edit=edit)
+    target, *near = (report[task] for task in report.settings["tasks"])
+    assert target.unedited > 0.65 and target.value < 0.35
+    assert sum(score.value - score.unedited for score in near) / 2 > -0.12
