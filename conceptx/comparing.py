@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 UNEDITED = "un-edited"
 ROLES = ("target", "open", "near", "general")
-COLUMNS = {"word_perplexity": "perplexity", "reverse_perplexity": "reverse ppl"}  # metric -> column
+COLUMNS = {"word_perplexity": "ppl", "reverse_perplexity": "reverse ppl"}  # metric -> column
+ALWAYS = {*ROLES, *COLUMNS.values()}
+CONTROL = ", control"  # behind the name of an attack that had texts of another concept
 DONE, FAILED = "report.json", "failed.json"
 
 
@@ -94,29 +96,33 @@ class Comparison:
         names = sorted({cell.method for cell in mine}, key=lambda name: (name != UNEDITED, name))
         return {name: [cell for cell in mine if cell.method == name] for name in names}
 
-    def columns(self) -> list[str]:
-        """What was measured in any cell: roles, perplexity, fluency, and each attack."""
-        found = {name: None for cell in self.cells for name in values(cell.report)}
-        return list(found)
+    def columns(self, subject: str) -> list[str]:
+        """What was measured of a concept in any cell: roles, perplexity, fluency, and each attack."""
+        found = {name for cell in self.cells if cell.subject == subject for name in values(cell.report)}
+        return [*(name for name in (*ROLES, *COLUMNS.values()) if name in found), *sorted(found - ALWAYS)]
 
     def table(self, subject: str) -> Table:
-        """Mean over the seeds and half the width of its 95 % interval, a row for each method."""
+        """Mean over the seeds and half the width of its 95 % interval, a row for each method; without the controls."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        rows, columns = self.rows(subject), self.columns()
+        rows, columns = self.rows(subject), [c for c in self.columns(subject) if not c.endswith(CONTROL)]
         table = Table(title=subject, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("method")
+        table.add_column("method", no_wrap=True)
         for column in ("seeds", *columns):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", overflow="fold")
         for name, cells in rows.items():
-            table.add_row(name, str(len(cells)), *_texts(cells, columns))
+            table.add_row(
+                name,
+                str(len(cells)),
+                *(text.replace(" ± ", "\n±").replace("0.", ".") for text in _texts(cells, columns, 2)),
+            )
         table.add_row("N", "", *(_count(rows, column) for column in columns), style="dim")
         return table
 
     def markdown(self, subject: str) -> str:
         """The same table for a page."""
-        rows, columns = self.rows(subject), self.columns()
+        rows, columns = self.rows(subject), self.columns(subject)
         lines = [f"| {subject} | seeds | {' | '.join(columns)} |", f"|---|--:|{'--:|' * len(columns)}"]
         lines += [f"| {name} | {len(cells)} | {' | '.join(_texts(cells, columns))} |" for name, cells in rows.items()]
         return "\n".join([*lines, f"| N | | {' | '.join(_count(rows, column) for column in columns)} |"])
@@ -272,10 +278,12 @@ def values(report: Report) -> dict[str, tuple[Score, float]]:
     """Column -> (a score that stands for it, its value): roles, perplexity, fluency; of an attack the highest value."""
     found: dict[str, tuple[Score, float]] = {}
     for score in _plain(report).scores:
-        if (column := COLUMNS.get(score.metric, score.task)) in (*ROLES, *COLUMNS.values()) and score.part == "all":
+        if (column := COLUMNS.get(score.metric, score.task)) in ALWAYS and score.part == "all":
             found.setdefault(column, (score, score.value))
     for score in report.scores:
-        attack, colon, _ = score.part.partition(":")
+        title, colon, _ = score.part.partition(":")
+        attack, on, _ = title.partition(" on ")
+        attack += CONTROL if on else ""
         if colon and score.metric == "acc" and (attack not in found or score.value > found[attack][1]):
             found[attack] = (score, score.value)
     return found
@@ -290,7 +298,7 @@ def interval(scores: Sequence[Score]) -> tuple[float, float]:
     return mean(numbers), 1.96 * (within + between) ** 0.5
 
 
-def _texts(cells: Sequence[Cell], columns: Sequence[str]) -> Iterator[str]:
+def _texts(cells: Sequence[Cell], columns: Sequence[str], digits: int = 3) -> Iterator[str]:
     found = [values(cell.report) for cell in cells if not cell.failed]
     for column in columns:
         scores = [f[column][0] for f in found if column in f]
@@ -298,7 +306,7 @@ def _texts(cells: Sequence[Cell], columns: Sequence[str]) -> Iterator[str]:
             yield "failed" if any(cell.failed for cell in cells) else "–"
             continue
         middle, half = interval(scores)
-        yield f"{middle:.3f} ± {half:.3f}" if middle < 5 else f"{middle:.0f} ± {half:.0f}"
+        yield f"{middle:.{digits}f} ± {half:.{digits}f}" if middle < 5 else f"{middle:.0f} ± {half:.0f}"
 
 
 def _count(rows: Mapping[str, Sequence[Cell]], column: str) -> str:

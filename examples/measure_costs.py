@@ -1,4 +1,4 @@
-"""Time and memory of each method on SmolLM2-135M: load, record, solve or train, save; each in a process of its own.
+"""CPU time and memory of each method on SmolLM2-135M: load, record, solve or train, save; each in a process of its own.
 
 python examples/measure_costs.py elm pisces rmu directional_ablation leace rlace --out docs/results/costs.json
 
@@ -19,7 +19,7 @@ RECORDS = ("recording", "teachers", "sampling", "what the model knows")  # begin
 
 
 def measure(method: str) -> dict[str, float]:
-    """Seconds of each phase, and megabytes at the peak and after loading."""
+    """CPU seconds of each phase on one thread, megabytes at the peak and after loading."""
     import torch
 
     from conceptx import Concept, load, methods
@@ -34,25 +34,25 @@ def measure(method: str) -> dict[str, float]:
     found = [recipes / name.format(method) for name in NAMES if (recipes / name.format(method)).is_file()]
     values = read_recipe(found[0]) if found else {}
     more = {"sites": values.pop("sites")} if "sites" in values else {}
-    start = time.perf_counter()
+    start = time.process_time()
     model = load("smollm2", dtype=fast_dtype())
     concept = Concept.load(tasks_folder() / "concepts" / "chemical_elements.toml")
-    loaded, memory = time.perf_counter(), _peak()
+    loaded, memory = time.process_time(), _peak()
     recorded, last = 0.0, loaded
 
     def listen(what: str, done: int, total: int, note: str) -> None:
         nonlocal recorded, last
-        now = time.perf_counter()
+        now = time.process_time()
         if done and what.startswith(RECORDS):
             recorded += now - last
         last = now
 
     with heard_by(listen):
         edit = kind.from_settings(values).erase(model, concept, **more)
-    erased = time.perf_counter()
+    erased = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         edit.save(folder)
-        saved = time.perf_counter()
+        saved = time.process_time()
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     return {
         "load": loaded - start,

@@ -98,7 +98,7 @@ def test_report_prints_a_comparison_or_a_saved_report(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"scores": [score, rest], "settings": about}))
     output = conceptx("report", tmp_path, "--picture", tmp_path / "p.png")
-    assert "metals" in output and "0.500" in output and (tmp_path / "p.png").stat().st_size > 5000
+    assert "metals" in output and ".50" in output and "±.10" in output and (tmp_path / "p.png").stat().st_size > 5000
     assert "| un-edited | 1 | 0.500" in conceptx("report", tmp_path, "--markdown")
     assert "target" in conceptx("report", path)
 

@@ -126,7 +126,7 @@ def test_the_interval_has_the_error_of_the_questions_and_that_of_the_seeds():
 
 def test_table_markdown_and_picture(scored, tmp_path):
     comparison = run(tmp_path, [Contender("nudge", Nudge(noisy=True))])
-    assert comparison.columns() == ["target", "general", "perplexity", "relearning"]
+    assert comparison.columns("metals") == ["target", "general", "ppl", "relearning"]
     lines = comparison.markdown("metals").splitlines()
     assert lines[2].startswith("| un-edited | 2 | 0.900 ± 0.098 |") and lines[3].startswith("| nudge | 2 | 0.400 ")
     assert "90" in lines[-1] and comparison.table("metals").row_count == 3

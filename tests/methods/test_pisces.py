@@ -308,3 +308,24 @@ def test_what_is_not_there_is_said_before_anything_changes(eraser, message):
     with pytest.raises(ValueError, match=message):
         eraser.erase(model, CONCEPT)
     assert same(before, state(model))
+
+
+@pytest.mark.slow
+def test_one_value_vector_holds_the_elements_of_a_trained_model():
+    """docs/pisces.md: .81 -> .24 of four options, open .55 -> 0, near .80 -> .75; bounds leave two standard errors."""
+    from conceptx import evaluate, load
+    from conceptx.demo.language import fast_dtype
+    from conceptx.evaluation.benchmark import Benchmark
+    from conceptx.places import tasks_folder
+    from conceptx.settings import read_recipe
+
+    name, tasks = "chemical_elements", tasks_folder()
+    concept = Concept.load(tasks / "concepts" / f"{name}.toml")
+    benchmark = Benchmark.load(tasks / "benchmarks" / f"{name}.toml")
+    model = load("smollm2", dtype=fast_dtype())
+    recipe = read_recipe(tasks / "recipes" / "smollm2" / name / "pisces.toml")
+    edit = PISCES.from_settings({**recipe, "layers": [5, 6, 24]}).erase(model, concept)
+    assert edit.provenance[0]["rows"] == {"model.layers.6.mlp.down_proj.weight": [792]}
+    report = benchmark.summary(evaluate(model, [*benchmark.target, *benchmark.open, *benchmark.near], edit=edit))
+    assert report["target"].value < 0.35 and report["open"].value < 0.05 and report["near"].value > 0.65
+    assert report["target"].unedited > 0.7
