@@ -299,7 +299,7 @@ CASES = {
     "settings: ESD rank 0": (lambda w: ESD.from_settings({"rank": 0}), ValueError, "^ESD: rank must be positive"),
     "settings: not positive": (lambda w: ELM.from_settings({"rank": 0}), ValueError, "ELM: rank must be positive"),
     "command: unknown method": (lambda w: command(w, method="lace"),
-        ValueError, "Unknown method 'lace'; available: elm"),
+        ValueError, "Unknown method 'lace'; available: directional_ablation, elm"),
     "command: unknown dtype": (lambda w: command(w, dtype="int8"),
         ValueError, "Unknown dtype 'int8'; available: float32"),
     "command: unknown model folder": (lambda w: command(w, model="./no"), FileNotFoundError, "no model folder ./no"),
