@@ -26,7 +26,7 @@ from conceptx.store import write_atomically
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from conceptx.attacks.attack import LanguageAttack
+    from conceptx.attacks.attack import Goal, LanguageAttack
 
 UNEDITED = "un-edited"
 ROLES = ("target", "open", "near", "general")
@@ -38,11 +38,11 @@ DONE, FAILED = "report.json", "failed.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """A concept with the benchmark that measures it, and texts of another one for the control of attacks."""
+    """A concept with the benchmark that measures it, and what an attacker knows of another one, for the control."""
 
     concept: Concept
     benchmark: Benchmark
-    control: Concept | None = None
+    control: Goal | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Cell:
     method: str
     seed: int
     report: Report
-    seconds: float = 0.0
     failed: str = ""
 
 
@@ -215,9 +214,7 @@ class _Runner:
         if (place / "edit.json").is_file():
             return Edit.load(place)
         more: dict[str, Any] = {} if contender.sites is None else {"sites": contender.sites}
-        start = time.perf_counter()
         edit = contender.eraser.erase(self.model, subject.concept, seed=seed, **more)
-        _write(place / "erased.json", {"seconds": time.perf_counter() - start})
         edit.save(place)
         return edit
 
@@ -232,7 +229,7 @@ class _Runner:
     def _attacked(self, subject: Subject, edit: Edit | None, unedited: Report | None, seed: int) -> Report:
         benchmark = subject.benchmark
         goal = goal_of(subject.concept, benchmark)
-        control = None if subject.control is None or seed != self.seeds[0] else goal_of(subject.control)
+        control = subject.control if seed == self.seeds[0] else None
         parts = [
             attacked(
                 self.model,
@@ -354,7 +351,7 @@ def _load(path: Path) -> Cell:
     about = report.settings
     try:
         fields = (about["subject"], about["method"], about["seed"], report)
-        return Cell(*fields, about.get("seconds", 0.0), about.get("failed", ""))
+        return Cell(*fields, about.get("failed", ""))
     except KeyError as error:
         raise ValueError(f"{path} is no cell of a comparison: {error} is missing.") from None
 

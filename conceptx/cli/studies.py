@@ -22,6 +22,8 @@ from conceptx.cli.frame import (
 
 if TYPE_CHECKING:
     from conceptx.comparing import Contender, Subject
+    from conceptx.concept import Concept
+    from conceptx.evaluation.benchmark import Benchmark
 
 Method = Annotated[str, typer.Argument(metavar="METHOD", help="See `conceptx methods`.")]
 
@@ -156,21 +158,22 @@ def _names(text: str) -> list[str]:
 def _subject(name: str, every: str) -> Subject:
     """A concept file with the benchmark of the same name beside it; the control is the next of the list."""
     from conceptx.comparing import Subject
+    from conceptx.evaluation.attacked import goal_of
+
+    names = _names(every)
+    other = names[(names.index(name) + 1) % len(names)]
+    control = None if other == name else goal_of(*_measured(other))
+    return Subject(*_measured(name), control)
+
+
+def _measured(name: str) -> tuple[Concept, Benchmark]:
+    """The concept file of that name, or at that path, and its benchmark."""
     from conceptx.concept import Concept
     from conceptx.evaluation.benchmark import Benchmark
-
-    others = _names(every)
-    other = others[(others.index(name) + 1) % len(others)]
-    path = _concept_file(name)
-    concept = Concept.load(path)
-    control = None if other == name else Concept.load(_concept_file(other))
-    return Subject(concept, Benchmark.load(path.parents[1] / "benchmarks" / path.name), control)
-
-
-def _concept_file(name: str) -> Path:
     from conceptx.places import tasks_folder
 
-    return Path(name) if name.endswith(".toml") else tasks_folder() / "concepts" / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else tasks_folder() / "concepts" / f"{name}.toml"
+    return Concept.load(path), Benchmark.load(path.parents[1] / "benchmarks" / path.name)
 
 
 def _contender(method: str, concept: str, recipes: Path | None) -> Contender:

@@ -192,7 +192,7 @@ def by_logit_lens(
 ) -> Iterator[Candidate]:
     """Features with at least `least` of the concept's tokens among the `listed` that they raise, or lower, most."""
     for start in range(0, dictionary.width, 4096):  # a catalogue of all features at once would be large
-        logits = vocabulary_logits(model, dictionary.write[start : start + 4096])
+        logits = model.unembed(dictionary.write[start : start + 4096])
         for promotes in (True, False):
             top = logits.topk(listed, largest=promotes).indices
             hits = torch.isin(top, tokens.ids).sum(1)
@@ -200,16 +200,9 @@ def by_logit_lens(
                 yield Candidate(Feature(layer, start + number, promotes), float(hits[number]) / listed)
 
 
-@torch.no_grad()
-def vocabulary_logits(model: LanguageModel, directions: Float[Tensor, "f d"]) -> Float[Tensor, "f v"]:
-    """What a direction of the residual stream does to the logits, but for the last norm."""
-    head = model.module.get_output_embeddings().weight
-    return (directions.to(head.device, head.dtype) @ head.T).float().cpu()
-
-
 def raised_tokens(model: LanguageModel, feature: Feature, dictionary: Dictionary, count: int = 8) -> tuple[str, ...]:
     """The tokens that a feature raises most; lowers, where it stands against the concept."""
-    logits = vocabulary_logits(model, dictionary.write[feature.index][None])[0]
+    logits = model.unembed(dictionary.write[feature.index][None])[0]
     ids = logits.topk(count, largest=feature.promotes).indices.tolist()
     return tuple(model.tokenizer.decode([i]).strip() for i in ids)
 

@@ -102,12 +102,9 @@ class DirectionalAblation(Eraser):
 
     def _matrices(self, model: LanguageModel) -> Iterator[list[tuple[str, float]]]:
         """(parameter, lambda) of both matrices of each layer."""
-        block = model.block
-        writes = (block.attention_writes, block.mlp_writes)
         kernels = zip(self._strengths("attention", model.depth), self._strengths("mlp", model.depth), strict=True)
         for layer, strengths in enumerate(kernels):
-            names = (f"{block.layers}.{layer}.{module}.weight" for module in writes)
-            yield list(zip(names, strengths, strict=True))
+            yield list(zip(model.written(layer), strengths, strict=True))
 
     def _strengths(self, part: str, depth: int) -> list[float]:
         numbers = (getattr(self, f"{part}_{name}") for name in ("maximum", "position", "minimum", "distance"))

@@ -199,17 +199,15 @@ class _Work:
         by_layer: dict[int, list[Feature]] = {}
         for feature in features:
             by_layer.setdefault(feature.layer, []).append(feature)
-        return {self._name(layer): self._delta(layer, mine, strength) for layer, mine in sorted(by_layer.items())}
-
-    def _name(self, layer: int) -> str:
-        block = self.model.block
-        return f"{block.layers}.{layer}.{block.mlp_writes}.weight"
+        return {
+            self.model.written(layer)[1]: self._delta(layer, mine, strength) for layer, mine in sorted(by_layer.items())
+        }
 
     def _delta(self, layer: int, features: Sequence[Feature], strength: float) -> Columns:
         dictionary, s = self.dictionaries[layer], self.settings
         if wrong := [f.name for f in features if f.index >= dictionary.width]:
             raise ValueError(f"There is no feature {wrong[0]}; the dictionary of layer {layer} has {dictionary.width}.")
-        weight = self.model.parameter(self._name(layer))
+        weight = self.model.parameter(self.model.written(layer)[1])
         assert weight is not None  # only biases may be absent
         gain = self.model.mlp_gain(layer)
         signs = torch.stack([self.recording.signs[f.place][layer] for f in features], 1)

@@ -115,8 +115,7 @@ class RMU(Eraser):
 
     def _parameters(self, model: LanguageModel) -> list[str]:
         """The names of the weights that are trained."""
-        block, layers = model.block, range(self.layer - self.trained + 1, self.layer + 1)
-        return [f"{block.layers}.{layer}.{block.mlp_writes}.weight" for layer in layers]
+        return [model.written(layer)[1] for layer in range(self.layer - self.trained + 1, self.layer + 1)]
 
     def _length(self, model: LanguageModel, rows: Rows) -> float:
         """c, the norm of the target."""

@@ -94,6 +94,18 @@ class LanguageModel:
         weight = self.module.get_submodule(f"{self.block.layers}.{layer}.{norm}").weight.detach().float().cpu()
         return 1 + weight  # Gemma's norms count from one
 
+    def written(self, layer: int) -> tuple[str, str]:
+        """The weights that write to the residual stream in a layer: of the attention, and of the MLP, whose columns are
+        the value vectors of its neurons."""
+        path = f"{self.block.layers}.{layer}"
+        return f"{path}.{self.block.attention_writes}.weight", f"{path}.{self.block.mlp_writes}.weight"
+
+    @torch.no_grad()
+    def unembed(self, directions: Tensor) -> Tensor:
+        """What directions (f, d) of the residual stream do to the logits (f, vocabulary), but for the last norm."""
+        head = self.module.get_output_embeddings().weight
+        return (directions.to(head.device, head.dtype) @ head.T).float().cpu()
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device

@@ -10,7 +10,7 @@ from conceptx import Concept, Edit
 from conceptx.geometry import AffineDictionary, SparseDictionary
 from conceptx.methods import PISCES
 from conceptx.methods._concept_tokens import concept_tokens
-from conceptx.methods._feature_search import Candidate, Feature, choose, record, vocabulary_logits
+from conceptx.methods._feature_search import Candidate, Feature, choose, record
 from conceptx.methods.pisces import suppress
 
 CONCEPT = Concept("metals", texts=METALS, retain_texts=GARDEN)
@@ -265,7 +265,7 @@ def test_the_logit_lens_finds_a_direction_of_the_concepts_tokens():
     eraser = PISCES(search="logit_lens", min_match=2, max_harm=5.0, strength=4.0, search_strength=4.0)
     found = eraser.find(model, CONCEPT, dictionaries={2: dictionary})
     assert Feature(2, 0) in {c.feature for c in found.candidates}
-    top = set(vocabulary_logits(model, dictionary.write)[0].topk(30).indices.tolist())
+    top = set(model.unembed(dictionary.write)[0].topk(30).indices.tolist())
     contrast = next(c.contrast for c in found.candidates if c.feature == Feature(2, 0))
     assert contrast == len(top & set(ids)) / 30
 
