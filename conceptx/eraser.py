@@ -132,6 +132,23 @@ def as_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
     return concepts
 
 
+def all_names(concepts: Sequence[Concept], *fields: str) -> list[str]:
+    """The names in some fields of all concepts, each once."""
+    values = (getattr(concept, field) for concept in concepts for field in fields)
+    return list(dict.fromkeys(n for value in values for n in ([value] if isinstance(value, str) else value or ())))
+
+
+def check_roles(concepts: Sequence[Concept]) -> None:
+    """Raises ValueError unless there are concepts and they agree on what goes and what stays."""
+    names = [concept.name.casefold() for concept in concepts]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"These concepts are given more than once: {', '.join(double)}.")
+    erased = {name.casefold() for name in all_names(concepts, "name", "synonyms")}
+    for field, role in (("retain", "retained"), ("anchor", "an anchor")):
+        if clash := [name for name in all_names(concepts, field) if name.casefold() in erased]:
+            raise ValueError(f"What is to be erased cannot be {role} as well: {', '.join(clash)}.")
+
+
 def provenance(eraser: Any, concept: Concept | Sequence[Concept], seed: int, **more: Any) -> Mapping[str, Any]:
     """What an edit records of its making; several concepts are named in one line."""
     concepts = as_concepts(concept)
@@ -149,6 +166,5 @@ def provenance(eraser: Any, concept: Concept | Sequence[Concept], seed: int, **m
 def run_identity(record: Mapping[str, Any], concept: Concept | Sequence[Concept], model: Model) -> str:
     """A hash of everything that determines a training, by which a checkpoint knows its own run."""
     concepts = [c.model_dump(mode="json") for c in as_concepts(concept)]
-    fingerprint = model.fingerprint
-    parts = [record, concepts, fingerprint.structure, fingerprint.samples.tolist()]
+    parts = [record, concepts, model.fingerprint.digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

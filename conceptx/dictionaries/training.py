@@ -315,9 +315,7 @@ def _identity(
     model: LanguageModel, site: str, learnt: list[str], measured: list[str], settings: SAETraining, seed: int
 ) -> str:
     """A hash of everything that determines a run, by which a checkpoint knows its own."""
-    fingerprint = model.fingerprint
-    made_by = _provenance(model, site, settings, seed)
-    parts = [made_by, learnt, measured, fingerprint.structure, fingerprint.samples.tolist()]
+    parts = [_provenance(model, site, settings, seed), learnt, measured, model.fingerprint.digest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ class Edit:
     deltas:     weight changes by parameter name, in the orientation (out, in).
     generation: arguments that `model.generate` adds.
     provenance: one record for each edit stacked: method, settings, concept, seed, versions.
-    host:       the fingerprint of the model it was made for; `apply` refuses another one.
+    host:       the fingerprint of what it was made for: the model, or the text encoders alone; `apply` refuses another.
     """
 
     host: Fingerprint
@@ -76,8 +76,7 @@ class Edit:
 
         Each was made without the other: at a shared site the second map acts on what the first leaves.
         """
-        if reason := self.host.mismatch(other.host):
-            raise ValueError(f"Edits of different models cannot be stacked: {reason}.")
+        host = self.host | other.host
         for place in _order_matters(self, other):
             warnings.warn(f"The order of the stacked edits matters at {place}.", stacklevel=2)
         clash = {k for k, v in self.generation.items() if other.generation.get(k, v) != v}
@@ -85,6 +84,7 @@ class Edit:
             raise ValueError(f"The edits set different generation arguments {sorted(clash)}.")
         return replace(
             self,
+            host=host,
             maps={s: self.maps.get(s, ()) + other.maps.get(s, ()) for s in {**self.maps, **other.maps}},
             deltas={n: _sum(self.deltas.get(n), other.deltas.get(n)) for n in {**self.deltas, **other.deltas}},
             generation={**self.generation, **other.generation},

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from conceptx.edit.deltas import DELTAS, Delta
-from conceptx.edit.host import Fingerprint
+from conceptx.edit.host import Fingerprint, Part
 from conceptx.geometry import ConceptMap
 from conceptx.store import load_tensors, save_tensors, write_atomically
 
@@ -30,9 +30,9 @@ class _Index(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["conceptx-edit"]
-    version: Literal[1]
+    version: Literal[2]
     tensors: str
-    structure: str
+    host: dict[str, str]  # component -> structure
     maps: dict[str, list[str]]  # site -> gate of each map
     deltas: dict[str, str]  # parameter -> kind
     generation: dict[str, Any]
@@ -45,9 +45,9 @@ def save(edit: Edit, folder: Path) -> None:
     name = f"edit-{_digest(tensors)}.safetensors"
     index = _Index(
         format="conceptx-edit",
-        version=1,
+        version=2,
         tensors=name,
-        structure=edit.host.structure,
+        host={part: found.structure for part, found in edit.host.parts.items()},
         maps={site: [m.gate for m in maps] for site, maps in edit.maps.items()},
         deltas={parameter: delta.kind for parameter, delta in edit.deltas.items()},
         generation=dict(edit.generation),
@@ -73,10 +73,10 @@ def load(folder: Path) -> Edit:
     try:
         maps = {site: _load_maps(tensors, site, gates) for site, gates in index.maps.items()}
         deltas = {name: _load_delta(tensors, name, kind) for name, kind in index.deltas.items()}
-        host = Fingerprint(index.structure, tensors["fingerprint"])
+        parts = {part: Part(structure, tensors[f"fingerprint:{part}"]) for part, structure in index.host.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not hold what {INDEX} says: {error}.") from None
-    return Edit(host, maps, deltas, index.generation, tuple(index.provenance))
+    return Edit(Fingerprint(parts), maps, deltas, index.generation, tuple(index.provenance))
 
 
 def _read_index(path: Path) -> _Index:
@@ -93,7 +93,7 @@ def _read_index(path: Path) -> _Index:
 
 
 def _tensors(edit: Edit) -> dict[str, Tensor]:
-    tensors = {"fingerprint": edit.host.samples}
+    tensors = {f"fingerprint:{name}": part.samples for name, part in edit.host.parts.items()}
     for site, maps in edit.maps.items():
         for number, m in enumerate(maps):
             parts = {"write": m.write, "read": m.read, "mean": m.mean}

@@ -54,10 +54,10 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Fingerprint:
-    """How a model is recognised: its kind and parameter shapes exactly, a few weights up to bfloat16 rounding.
+class Part:
+    """One component of a model: its kind and parameter shapes exactly, a few weights up to bfloat16 rounding.
 
-    structure: SHA-256 of the model type and of all parameter names and shapes.
+    structure: SHA-256 of the kind and of all parameter names and shapes.
     samples:   evenly spaced values of every parameter, float32, in the order of the names.
     """
 
@@ -65,14 +65,14 @@ class Fingerprint:
     samples: Tensor
 
     @staticmethod
-    def of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> Fingerprint:
+    def of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> Part:
         named = sorted(parameters, key=lambda pair: pair[0])
         shapes: Mapping[str, list[int]] = {name: list(p.shape) for name, p in named}
         structure = hashlib.sha256(json.dumps([kind, shapes]).encode()).hexdigest()
-        return Fingerprint(structure, torch.cat([_sample(p) for _, p in named]))
+        return Part(structure, torch.cat([sampled(p) for _, p in named]))
 
-    def mismatch(self, other: Fingerprint) -> str | None:
-        """Why the other model is not this one, or None when it is."""
+    def mismatch(self, other: Part) -> str | None:
+        """Why the other component is not this one, or None when it is."""
         if self.structure != other.structure or self.samples.shape != other.samples.shape:
             return "its architecture or parameter shapes differ"
         gap = (self.samples - other.samples).abs()
@@ -82,7 +82,43 @@ class Fingerprint:
         return None
 
 
-def _sample(parameter: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """How a model is recognised, component by component: a language model has one, a pipeline several.
+
+    An edit that acts on the text alone carries the text encoders only, and so applies to every pipeline that has them.
+    """
+
+    parts: Mapping[str, Part]
+
+    def only(self, *names: str) -> Fingerprint:
+        """The fingerprint of these components."""
+        return Fingerprint({name: self.parts[name] for name in names})
+
+    def mismatch(self, other: Fingerprint) -> str | None:
+        """Why a model with the other fingerprint does not have all of these components, or None when it does."""
+        for name, part in self.parts.items():
+            reason = part.mismatch(other.parts[name]) if name in other.parts else "it has none"
+            if reason:
+                return reason if len(self.parts) == 1 and len(other.parts) == 1 else f"{name}: {reason}"
+        return None
+
+    def __or__(self, other: Fingerprint) -> Fingerprint:
+        """Of a model that has the components of both. Raises ValueError when one differs, or none is common."""
+        common = [name for name in self.parts if name in other.parts]
+        reason = self.only(*common).mismatch(other) if common else "they have no component in common"
+        if reason:
+            raise ValueError(f"Edits of different models cannot be stacked: {reason}.")
+        return Fingerprint({**self.parts, **other.parts})
+
+    def digest(self) -> str:
+        """A hash of all of it: the same for the same weights in the same precision."""
+        parts = {name: [part.structure, part.samples.tolist()] for name, part in self.parts.items()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sampled(parameter: Tensor) -> Tensor:
+    """The values of a parameter by which it is recognised."""
     flat = parameter.detach().reshape(-1)
     places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long()
     return flat[places.to(flat.device)].float().cpu()

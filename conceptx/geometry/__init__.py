@@ -1,7 +1,7 @@
 """The geometry every method shares: tensors in, tensors out; float64 inside; torch only."""
 
 from conceptx.geometry.arrays import Array
-from conceptx.geometry.closed_form import WeightedRows, capped, replacement, weighted_dual
+from conceptx.geometry.closed_form import WeightedRows, replacement, weighted_dual
 from conceptx.geometry.dictionary import (
     AffineDictionary,
     Dictionary,
@@ -10,7 +10,7 @@ from conceptx.geometry.dictionary import (
     reconstruction,
 )
 from conceptx.geometry.fantope import project_fantope, waterfill
-from conceptx.geometry.map import ConceptMap
+from conceptx.geometry.map import ConceptMap, capped
 from conceptx.geometry.moments import Moments
 from conceptx.geometry.ridge import DenseMetric, Metric, RetainMetric, dual
 from conceptx.geometry.steer import steer

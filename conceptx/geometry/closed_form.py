@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from conceptx.geometry.arrays import Array, finite, matrix
-from conceptx.geometry.map import ConceptMap
-from conceptx.geometry.ridge import DenseMetric
+from conceptx.geometry.map import ConceptMap, capped
+from conceptx.geometry.ridge import DenseMetric, eigenvalue_floor
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,21 @@ class WeightedRows:
         """All rows (n, d) with the same weight, in the working dtype."""
         working = matrix(rows, "rows")
         return WeightedRows(working, torch.full_like(working[:, 0], weight))
+
+    @staticmethod
+    def of_gram(gram: Float[Tensor, "d d"], weight: float = 1.0) -> WeightedRows:
+        """At most d rows F with F'F = gram: what any number of rows with these second moments count for.
+
+        A solve sees of retained rows only their weighted Gram matrix, so the moments of a whole corpus stand in for it.
+        Raises ValueError when the matrix is not positive semi-definite (beyond rounding) or is zero.
+        """
+        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        if values[0] < -eigenvalue_floor(values):
+            raise ValueError(f"Second moments cannot have a negative eigenvalue, got {float(values[0]):.2e}.")
+        kept = values > eigenvalue_floor(values)
+        if not bool(kept.any()):
+            raise ValueError("The second moments are zero; there is nothing to retain in them.")
+        return WeightedRows.of((vectors[:, kept] * values[kept].sqrt()).T, weight)
 
     @property
     def scaled(self) -> Float[Tensor, "n d"]:
@@ -90,10 +105,3 @@ def replacement(
     changes = torch.zeros_like(merged.rows).index_add_(0, place, changes) / merged.weights[:, None]
     read = weighted_dual(merged, retained.merged()[0] if retained else None, ridge)
     return ConceptMap(*capped(changes.T, read), torch.zeros_like(read[0]))
-
-
-def capped(up: Float[Tensor, "m k"], down: Float[Tensor, "k d"]) -> tuple[Tensor, Tensor]:
-    """The same product up @ down through at most d coordinates: (up @ down, I) where k > d. Row-major, not views."""
-    if len(down) <= down.shape[1]:
-        return up.clone(memory_format=torch.contiguous_format), down
-    return up @ down, torch.eye(down.shape[1], dtype=down.dtype, device=down.device)

@@ -70,6 +70,21 @@ class ConceptMap:
 
     __rmul__ = __mul__
 
+    def then(self, after: ConceptMap) -> ConceptMap:
+        """The one map that passes x through this one and what comes out through `after`; ranks add, up to d.
+
+        T2(T1(x)) = x + D1 L1 x + D2 L2 (I + D1 L1) x. Raises ValueError when a gate is not the identity, a mean is not
+        zero, or the dimensions differ.
+        """
+        if not (self.affine and after.affine) or bool(self.mean.any()) or bool(after.mean.any()):
+            raise ValueError("Only maps with the identity for a gate and a mean of zero compose into one map.")
+        if self.dim != after.dim:
+            raise ValueError(f"The maps act on dimensions {self.dim} and {after.dim}.")
+        after = after.to(self.write.device)
+        read = after.read + (after.read @ self.write) @ self.read
+        both = capped(torch.cat([self.write, after.write], 1), torch.cat([self.read, read]))
+        return ConceptMap(*both, self.mean)
+
     def to(self, device: torch.device) -> ConceptMap:
         dtype = working_dtype(device)
         if all(t.device == device and t.dtype == dtype for t in (self.write, self.read, self.mean)):
@@ -120,6 +135,13 @@ class ConceptMap:
 def to_working_with_grad(x: Array) -> Tensor:
     """Like `to_working` but without cutting the gradient of a tensor (maps run inside a model's forward)."""
     return x.to(working_dtype(x.device)) if isinstance(x, Tensor) else to_working(x)
+
+
+def capped(up: Float[Tensor, "m k"], down: Float[Tensor, "k d"]) -> tuple[Tensor, Tensor]:
+    """The same product up @ down through at most d coordinates: (up @ down, I) where k > d. Row-major, not views."""
+    if len(down) <= down.shape[1]:
+        return up.clone(memory_format=torch.contiguous_format), down
+    return up @ down, torch.eye(down.shape[1], dtype=down.dtype, device=down.device)
 
 
 def _size(*tensors: Tensor) -> float:

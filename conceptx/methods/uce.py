@@ -12,16 +12,14 @@ from torch import Tensor
 
 from conceptx.concept import Concept
 from conceptx.edit import Edit, LowRank
-from conceptx.eraser import Eraser, as_concepts, provenance
+from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance
 from conceptx.geometry import WeightedRows, capped, replacement, weighted_dual
 from conceptx.geometry.arrays import to_working
-from conceptx.models import DiffusionModel, Prompts
+from conceptx.models import DiffusionModel
+from conceptx.models.token_rows import EMPTY, Phrase, TokenRows, Tokens
 
 Form = Literal["replace", "orthogonal", "debias"]
-Tokens = Literal["last", "last+rest", "all"]
 RetainTokens = Literal["last", "all"]
-Phrase = tuple[str, str]  # a prompt and the name in it; ("", "") is the empty prompt
-EMPTY: Phrase = ("", "")
 
 # The authors' extra prompt forms, off by default there and here (spec, section 5).
 STYLE_TEMPLATES = ("{}", "painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}")
@@ -94,28 +92,33 @@ class UCE(Eraser):
         """
         self._accept(model)
         concepts = as_concepts(concept)
-        _check(concepts)
+        check_roles(concepts)
         task = self._task(model, concepts)
         record = provenance(self, concepts, seed, beta=float(task.retained.weights[0]))
         if self.form == "replace":
             maps = {"text": (replacement(task.keys, torch.cat(task.anchors), task.retained, self.ridge),)}
-            return Edit(model.fingerprint, maps=maps, provenance=(record,))
+            return Edit(model.text_fingerprint, maps=maps, provenance=(record,))
         return Edit(model.fingerprint, deltas=self._deltas(model, task), provenance=(record,))
 
     def _task(self, model: DiffusionModel, concepts: Sequence[Concept]) -> _Task:
         """All rows, from one call of the text encoder."""
         pairs = [pair for concept in concepts for pair in self._pairs(concept)]
-        kept = [EMPTY, *((name, name) for name in _names(concepts, "retain"))]
+        kept = [EMPTY, *((name, name) for name in all_names(concepts, "retain"))]
         attributes = [(prompt, prompt) for prompt, _ in self.attributes]
-        encoded = _Encoded.of(model, [*(phrase for pair in pairs for phrase in pair), *kept, *attributes])
+        phrases = [*(phrase for pair in pairs for phrase in pair), *kept, *attributes]
+        encoded = TokenRows.of(model, phrases, trimmed=self.tokens == self.retain_tokens == "last")
         blocks = [encoded.aligned([*pair, *attributes], self.tokens) for pair in pairs]
         beta = max(0.1, 1 / len(kept)) if self.retain_weight is None else self.retain_weight
         return _Task(
             keys=WeightedRows.of(torch.cat([block[0] for block in blocks]), self.erase_weight),
             anchors=[block[1] for block in blocks],
             attributes=[block[2:] for block in blocks],
-            retained=WeightedRows.of(torch.cat([encoded.rows(p, self.retain_tokens, whole=True) for p in kept]), beta),
+            retained=WeightedRows.of(self._retained(encoded, kept), beta),
         )
+
+    def _retained(self, encoded: TokenRows, kept: Sequence[Phrase]) -> Tensor:
+        """All rows of the retained prompts, the beginning token's too, or each name's last."""
+        return encoded.last_rows(kept) if self.retain_tokens == "last" else torch.cat([*map(encoded.block, kept)])
 
     def _pairs(self, concept: Concept) -> Iterable[tuple[Phrase, Phrase]]:
         """(erased, anchor) in every prompt form."""
@@ -185,57 +188,3 @@ class _Task:
     anchors: list[Tensor]  # (rows, d) each
     attributes: list[list[Tensor]]
     retained: WeightedRows
-
-
-@dataclass(frozen=True, eq=False)
-class _Encoded:
-    """The token rows of phrases, encoded together, so that rows of equal beginnings are equal.
-
-    length: how many rows belong to the tokens that are counted; SD 3 puts the rows of another tokenizer behind them.
-    """
-
-    model: DiffusionModel
-    prompts: Prompts
-    place: Mapping[str, int]
-    length: int
-
-    @staticmethod
-    def of(model: DiffusionModel, phrases: Iterable[Phrase]) -> _Encoded:
-        texts = list(dict.fromkeys(text for text, _ in phrases))
-        tokenizer = getattr(model.pipeline, model.architecture.tokenizer)
-        place = {text: number for number, text in enumerate(texts)}
-        return _Encoded(model, model.encode(texts), place, tokenizer.model_max_length)
-
-    def rows(self, phrase: Phrase, tokens: Tokens, *, whole: bool = False) -> Tensor:
-        """The rows (n, d) of a phrase; whole: "all" is every row there is, the beginning token's too."""
-        prompt, name = phrase
-        number = self.place[prompt]
-        states = to_working(self.prompts.states[number])
-        if whole and tokens == "all":
-            return states
-        last = self.model.subject_end(prompt, name) if name else int(self.prompts.end[number])
-        first = int(self.prompts.first[number]) if tokens == "all" else last
-        return states[first : last + 1 if tokens == "last" else self.length]
-
-    def aligned(self, phrases: Sequence[Phrase], tokens: Tokens) -> list[Tensor]:
-        """The rows of several phrases, cut at the tail to the shortest."""
-        blocks = [self.rows(phrase, tokens) for phrase in phrases]
-        shortest = min(map(len, blocks))
-        return [block[:shortest] for block in blocks]
-
-
-def _names(concepts: Sequence[Concept], *fields: str) -> list[str]:
-    """The names in some fields of all concepts, each once."""
-    values = (getattr(concept, field) for concept in concepts for field in fields)
-    return list(dict.fromkeys(n for value in values for n in ([value] if isinstance(value, str) else value or ())))
-
-
-def _check(concepts: Sequence[Concept]) -> None:
-    """Raises ValueError unless there are concepts and they agree on what goes and what stays."""
-    names = [concept.name.casefold() for concept in concepts]
-    if double := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"These concepts are given more than once: {', '.join(double)}.")
-    erased = {name.casefold() for name in _names(concepts, "name", "synonyms")}
-    for field, role in (("retain", "retained"), ("anchor", "an anchor")):
-        if clash := [name for name in _names(concepts, field) if name.casefold() in erased]:
-            raise ValueError(f"What is to be erased cannot be {role} as well: {', '.join(clash)}.")

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from conceptx.edit import Edit, Fingerprint
+from conceptx.edit import Edit, Fingerprint, Part
 from conceptx.geometry import ConceptMap
 from conceptx.models import parameters
 from conceptx.models.diffusion_sites import Denoiser, denoiser_of, hook_argument, text_encoders, text_sites
@@ -117,12 +117,19 @@ class DiffusionModel:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Taken before the first edit and kept: over the denoiser and the text encoders.
+        """Taken before the first edit and kept: of the denoiser and of each text encoder.
 
         Raises ValueError when it is asked for the first time with an edit in force.
         """
         self.require_unedited()
-        return Fingerprint.of(type(self.denoiser).__name__, self.module.named_parameters())
+        return Fingerprint(
+            {name: Part.of(type(part).__name__, part.named_parameters()) for name, part in self.module.items()}
+        )
+
+    @property
+    def text_fingerprint(self) -> Fingerprint:
+        """Of the text encoders alone: what an edit of the token rows is made for, whatever denoiser reads them."""
+        return self.fingerprint.only(*text_encoders(self.pipeline))
 
     def require_unedited(self) -> None:
         """Raises ValueError when an edit is in force."""
@@ -196,24 +203,59 @@ class DiffusionModel:
 
     # -- prompts -----------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str], *, differentiable: bool = False) -> Prompts:
+    def encode(self, prompts: Sequence[str], *, differentiable: bool = False, trimmed: bool = False) -> Prompts:
         """The prompts as the pipeline itself encodes them, in the pipeline's dtype, on its device.
 
         differentiable: keep the graph back to the text encoder (for attacks that learn a token).
+        trimmed: encode no more padding than the prompts need, where all text encoders are causal (CLIP): the rows up to
+                 each end-of-text token are the same, since no row there depends on a later one. Rows after it, which
+                 padding would fill, are zero, and there are only as many rows as the longest prompt has.
         Raises ValueError for an empty list, and for a prompt that the tokenizer would cut.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"encode takes a list of at least one prompt, got {prompts!r}.")
         spans = [self._span(text) for text in prompts]
         with torch.set_grad_enabled(differentiable), evaluating(self.module):
-            parts = [
-                self._encoded(list(prompts[start : start + ENCODED_AT_ONCE]), unconditional=False)[0]
-                for start in range(0, len(prompts), ENCODED_AT_ONCE)
-            ]
-        states, pooled = zip(*parts, strict=True)
+            if trimmed and self._causal:
+                states, pooled = self._encoded_short(prompts)
+            else:
+                batches = [list(prompts[i : i + ENCODED_AT_ONCE]) for i in range(0, len(prompts), ENCODED_AT_ONCE)]
+                states, pooled = _joined([self._encoded(batch, unconditional=False)[0] for batch in batches])
         first, end = torch.tensor(spans, device=self.device).T
-        together = None if pooled[0] is None else torch.cat(pooled)
-        return Prompts(tuple(prompts), torch.cat(states), together, first, end)
+        return Prompts(tuple(prompts), states, pooled, first, end)
+
+    @property
+    def _causal(self) -> bool:
+        """Whether no row of a prompt depends on a later one, and the pipeline pads to what the tokenizer holds."""
+        encoders = text_encoders(self.pipeline).values()
+        return self.denoiser_name == "unet" and all(type(e).__name__.startswith("CLIPText") for e in encoders)
+
+    def _encoded_short(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Short prompts with short ones; rows beyond a batch's own length are zero."""
+        lengths = [max(count for _, count, _ in self._lengths(text)) for text in prompts]
+        order = sorted(range(len(prompts)), key=lengths.__getitem__)
+        parts = []
+        for start in range(0, len(order), ENCODED_AT_ONCE):
+            batch = order[start : start + ENCODED_AT_ONCE]
+            with self._padded_to(lengths[batch[-1]]):
+                states, pooled = self._encoded([prompts[i] for i in batch], unconditional=False)[0]
+            parts.append((nn.functional.pad(states, (0, 0, 0, max(lengths) - states.shape[1])), pooled))
+        back = torch.tensor(order).argsort()
+        states, pooled = _joined(parts)
+        return states[back], None if pooled is None else pooled[back]
+
+    @contextmanager
+    def _padded_to(self, length: int) -> Iterator[None]:
+        """The tokenizers hold no more than this many tokens for the length of a block."""
+        tokenizers = [tokenizer for _, tokenizer, _ in self._tokenizers()]
+        before = [tokenizer.model_max_length for tokenizer in tokenizers]
+        try:
+            for tokenizer in tokenizers:
+                tokenizer.model_max_length = length
+            yield
+        finally:
+            for tokenizer, held in zip(tokenizers, before, strict=True):
+                tokenizer.model_max_length = held
 
     def unconditional(self, count: int = 1) -> Prompts:
         """What the pipeline takes for no prompt under guidance: the empty prompt, or zeros (SDXL)."""
@@ -254,19 +296,22 @@ class DiffusionModel:
             fits = self._length["max_sequence_length"] if t5 else tokenizer.model_max_length
             yield name.replace("text_encoder", "tokenizer"), tokenizer, fits
 
-    def _span(self, prompt: str) -> tuple[int, int]:
-        """(first, end) of a prompt. Raises ValueError when a tokenizer would cut it."""
-        span = None
+    def _lengths(self, prompt: str) -> Iterator[tuple[str, int, Any]]:
+        """(name of the tokenizer, number of tokens, tokenizer). Raises ValueError when a tokenizer would cut it."""
         for name, tokenizer, fits in self._tokenizers():
             count = len(tokenizer(self._converted(prompt, tokenizer), verbose=False).input_ids)
             if count > fits:
                 raise ValueError(
                     f"The prompt {prompt[:40]!r}… has {count} tokens with its special ones, the {name} keeps {fits}."
                 )
-            if name == self.architecture.tokenizer:
-                span = (len(tokenizer("").input_ids) - 1, count - 1)
-        assert span is not None  # every architecture's own tokenizer is among them
-        return span
+            yield name, count, tokenizer
+
+    def _span(self, prompt: str) -> tuple[int, int]:
+        """(first, end) of a prompt. Raises ValueError when a tokenizer would cut it."""
+        found = {
+            name: (len(tokenizer("").input_ids) - 1, count - 1) for name, count, tokenizer in self._lengths(prompt)
+        }
+        return found[self.architecture.tokenizer]
 
     def _converted(self, prompt: str, tokenizer: Any) -> str:
         """With every learnt token that has several vectors spelt out, as the pipeline does it."""
@@ -484,6 +529,11 @@ class DiffusionModel:
             )
         with replaced_folder(Path(folder)) as temporary, folded.applied(self):
             self.pipeline.save_pretrained(temporary)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    states, pooled = zip(*parts, strict=True)
+    return torch.cat(states), None if pooled[0] is None else torch.cat(pooled)
 
 
 def _share(key: str, value: Any, part: slice, count: int) -> Any:

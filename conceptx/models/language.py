@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from conceptx.edit import Dense, Edit, Fingerprint
+from conceptx.edit import Dense, Edit, Fingerprint, Part
 from conceptx.geometry import ConceptMap
 from conceptx.models import parameters
 from conceptx.models.modes import evaluating
@@ -51,7 +51,7 @@ class LanguageModel:
         Raises ValueError when it is asked for the first time with an edit in force.
         """
         self.require_unedited()
-        return Fingerprint.of(self.module.config.model_type, self.module.named_parameters())
+        return Fingerprint({"model": Part.of(self.module.config.model_type, self.module.named_parameters())})
 
     def require_unedited(self) -> None:
         """Raises ValueError when an edit is in force."""

@@ -156,7 +156,7 @@ def test_an_index_that_names_another_folder_is_refused(name, tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"version": 2}, "not an edit of this version: version"),
+        ({"version": 3}, "not an edit of this version: version"),
         ({"format": "other"}, "not an edit of this version: format"),
         ({"surplus": 1}, "not an edit of this version: surplus"),
         ({"deltas": {"a.weight": "dense"}}, "does not hold what edit.json says"),
