@@ -23,12 +23,14 @@ def fold(edit: Edit, model: Host) -> Edit:
     deltas, maps = dict(edit.deltas), {}
     for site, site_maps in edit.maps.items():
         readers = model.readers(site)
-        if not readers or not all(m.affine for m in site_maps):
+        affine = tuple(m for m in site_maps if isinstance(m, ConceptMap) and m.affine)
+        if not readers or len(affine) < len(site_maps):
             maps[site] = site_maps
             continue
         for reader in readers:
-            _fold_into(deltas, model, reader, site_maps)
-    return replace(edit, maps=maps, deltas=deltas)
+            _fold_into(deltas, model, reader, affine)
+    # a map of the text fits every denoiser that reads it, the folded weights this one alone
+    return replace(edit, host=edit.host if maps == edit.maps else model.fingerprint, maps=maps, deltas=deltas)
 
 
 def _fold_into(deltas: dict[str, Delta], model: Host, reader: str, maps: tuple[ConceptMap, ...]) -> None:

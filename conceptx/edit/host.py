@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from conceptx.geometry import ConceptMap
+from conceptx.geometry import ActivationMap
 
+WHOLE = "model"  # the only component of a language model
 SAMPLES = 16  # values read from each parameter
 ROUNDING = 2.0**-7  # two half-units of bfloat16, the coarsest dtype a checkpoint is loaded in
 
@@ -50,7 +51,7 @@ class Host(Protocol):
     def readers(self, site: str) -> tuple[str, ...]:
         """The linear layers that read a site's activations directly (none: a map there cannot be folded)."""
 
-    def install(self, site: str, concept_map: ConceptMap) -> Removable: ...
+    def install(self, site: str, concept_map: ActivationMap) -> Removable: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +99,10 @@ class Fingerprint:
     def mismatch(self, other: Fingerprint) -> str | None:
         """Why a model with the other fingerprint does not have all of these components, or None when it does."""
         for name, part in self.parts.items():
-            reason = part.mismatch(other.parts[name]) if name in other.parts else "it has none"
-            if reason:
-                return reason if len(self.parts) == 1 and len(other.parts) == 1 else f"{name}: {reason}"
+            if name not in other.parts:
+                return f"it has no {name}"
+            if reason := part.mismatch(other.parts[name]):
+                return reason if self.parts.keys() == {WHOLE} else f"{name}: {reason}"
         return None
 
     def __or__(self, other: Fingerprint) -> Fingerprint:

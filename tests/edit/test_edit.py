@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from hosts import logits, same, state, tiny
+from hosts import logits, noise, same, state, tiny, tiny_pipeline
 
+from conceptx import wrap
 from conceptx.edit import Dense, Edit, LowRank, Rows
 from conceptx.geometry import ConceptMap, Subspace
 
@@ -244,3 +245,48 @@ def test_no_warning_for_maps_that_commute_though_they_meet():
         warnings.simplefilter("error")
         one + two
         one + one
+
+
+# -- edits of the text alone -------------------------------------------------------------------------------------------
+
+
+def another_denoiser():
+    """The same text encoder before a U-Net of other weights."""
+    pipeline = tiny_pipeline("sd1").pipeline
+    pipeline.register_modules(unet=tiny_pipeline("sd1", seed=1).denoiser)
+    return wrap(pipeline)
+
+
+def test_an_edit_of_the_text_applies_to_every_pipeline_with_these_text_encoders():
+    first, second, prompts = tiny_pipeline("sd1"), another_denoiser(), ["gold and iron"]
+    edit = Edit(first.text_fingerprint, maps={"text": (removal(0),)})
+    for model in (first, second):
+        before = noise(model, prompts)
+        with edit.applied(model):
+            assert (noise(model, prompts) - before).abs().max() > 1e-3
+        assert torch.equal(noise(model, prompts), before)
+    with pytest.raises(ValueError, match="another model: text_encoder: 224 of 576 sampled weights differ"):
+        edit.apply(tiny_pipeline("sd1", seed=1))
+    with pytest.raises(ValueError, match="another model: it has no text_encoder"):
+        edit.apply(tiny())
+
+
+def test_weights_folded_for_one_denoiser_do_not_apply_to_another():
+    first, second = tiny_pipeline("sd1"), another_denoiser()
+    folded = Edit(first.text_fingerprint, maps={"text": (Subspace.orthogonal(normal(32, 2)).removal(),)}).fold(first)
+    assert folded.host.mismatch(first.fingerprint) is None and not folded.maps
+    with pytest.raises(ValueError, match=r"another model: unet: \d+ of \d+ sampled weights differ"):
+        folded.apply(second)
+
+
+def test_stacked_edits_need_the_parts_of_both():
+    first, second = tiny_pipeline("sd1"), another_denoiser()
+    text = Edit(first.text_fingerprint, maps={"text": (removal(0),)})
+    both = text + Edit(first.fingerprint, deltas={"unet.conv_in.bias": Dense(torch.ones(16))})
+    assert both.host.mismatch(first.fingerprint) is None
+    with pytest.raises(ValueError, match="another model: unet"):
+        both.apply(second)
+    with pytest.raises(ValueError, match="cannot be stacked: they have no component in common"):
+        text + Edit(tiny().fingerprint)
+    with pytest.raises(ValueError, match="cannot be stacked: text_encoder"):
+        text + Edit(tiny_pipeline("sd1", seed=1).text_fingerprint)

@@ -12,6 +12,7 @@ from conceptx import Concept, Edit, load
 from conceptx.demo.images import short_benchmark
 from conceptx.evaluation.images import Unedited, evaluate_images
 from conceptx.methods import ESD, UCE
+from conceptx.models import DiffusionModel
 from conceptx.places import tasks_folder
 from conceptx.settings import build, read_recipe
 from conceptx.store import load_tensors
@@ -46,6 +47,22 @@ def test_uce_takes_the_dog_and_leaves_the_others(model):
     found = report(model, UCE().erase(model, concept()))
     assert_erased(found)
     assert found["general", "Acc_g"].value < 0.5 * found["general", "Acc_g"].unedited
+
+
+def test_the_same_file_takes_the_dog_from_another_denoiser(model, tmp_path):
+    """Nothing is fitted again: the second denoiser shares the text encoder and nothing else."""
+    UCE().erase(model, concept()).save(tmp_path)
+    other = DiffusionModel(emoji.load("b"), guidance=emoji.GUIDANCE)
+    prompts = ["a noto dog", "a twemoji dog", "a fluent cat", "a noto owl", "a twemoji pizza", "an ink car"]
+    wanted = torch.tensor([emoji.judges().object_names.index(prompt.split()[-1]) for prompt in prompts])
+
+    def seen():
+        return emoji.judges().objects(other.generate(prompts, seeds=range(6), steps=20)).argmax(1) == wanted
+
+    before = seen()
+    with Edit.load(tmp_path).applied(other):
+        after = seen()
+    assert before.all() and not after[:2].any() and after[2:].all()
 
 
 @pytest.mark.slow
