@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["topic", "person", "character", "style", "attribute", "object"]
 
@@ -18,7 +21,14 @@ def _no_blank(text: str) -> str:
     return text
 
 
+def _png(name: str) -> str:
+    if not name.lower().endswith(".png"):
+        raise ValueError(f"a picture must be a PNG file, got {name!r}")
+    return name
+
+
 Text = Annotated[str, AfterValidator(_no_blank)]
+Picture = Annotated[str, AfterValidator(_png)]
 
 
 class Personas(BaseModel):
@@ -45,6 +55,8 @@ class Concept(BaseModel):
     contexts:     sentences put before a question to coax the concept out (attacks).
     classes:      for an attribute, its values with texts of each: {"female": [...], "male": [...]}.
     personas:     expert and novice prefixes for ELM (default: general templates around the description).
+    images:       PNG files that show it, all of one size (MACE).
+    masks:        for each of the images, a PNG file that is light where the concept is (default: the whole picture).
 
     A concept may be called by its name alone: `Concept("Van Gogh", kind="style")`.
     Raises ValueError, in one sentence for each field that is wrong.
@@ -64,6 +76,8 @@ class Concept(BaseModel):
     contexts: tuple[Text, ...] = ()
     classes: dict[Text, tuple[Text, ...]] = {}
     personas: Personas | None = None
+    images: tuple[Picture, ...] = ()
+    masks: tuple[Picture, ...] = ()
 
     def __init__(self, name: str = "", **fields: Any) -> None:
         try:
@@ -80,6 +94,10 @@ class Concept(BaseModel):
             raise ValueError(f"{len(clash)} texts are in texts and in retain_texts, the first is {clash[0][:60]!r}")
         if len(self.classes) == 1:
             raise ValueError(f"classes needs at least two values, it has only {list(self.classes)}")
+        if self.masks and len(self.masks) != len(self.images):
+            raise ValueError(
+                f"there are {len(self.images)} images and {len(self.masks)} masks; each needs one, or none"
+            )
         return self
 
     @property
@@ -92,7 +110,8 @@ class Concept(BaseModel):
         """Read a concept from a TOML file.
 
         Corpora may stand in JSONL files beside it, one {"text": ...} a line: `texts_file = "corpora/forget.jsonl"`
-        and `retain_texts_file`. A path that leaves the file's folder is refused.
+        and `retain_texts_file`. `images` and `masks` hold paths from that folder on. A path that leaves the file's
+        folder is refused.
 
         Raises FileNotFoundError when a file is missing, ValueError when it is not TOML or not a concept.
         """
@@ -108,17 +127,67 @@ class Concept(BaseModel):
                 if not isinstance(mine := fields.get(key, []), list):
                     raise ValueError(f"{path}: {key} must be a list of texts, got {mine!r}.")
                 fields[key] = [*mine, *_read_texts(path.parent, name)]
+        for key in {"images", "masks"} & fields.keys():
+            if not isinstance(names := fields[key], list):
+                raise ValueError(f"{path}: {key} must be a list of files, got {names!r}.")
+            fields[key] = [str(_inside(path.parent, name, "picture file")) for name in names]
         return Concept(**fields)
 
 
-def _read_texts(folder: Path, name: object) -> list[str]:
+def pictures(concept: Concept) -> tuple[Tensor, Tensor]:
+    """The concept's images (n, 3, h, w) in [0, 1] and their masks (n, 1, h, w) of 0 and 1; without masks, all 1.
+
+    A pixel of a mask counts where it is at least half as light as white.
+    Raises FileNotFoundError for a missing file; ValueError when there are no images, a file is no picture, sizes
+    differ, or a mask is dark throughout.
+    """
+    import torch
+
+    if not concept.images:
+        raise ValueError(f"The concept {concept.name!r} has no images.")
+    shots = [_pixels(name, "RGB") for name in concept.images]
+    if len({shot.shape for shot in shots}) > 1:
+        raise ValueError(f"The images of {concept.name!r} have different sizes.")
+    images = torch.stack(shots)
+    if not concept.masks:
+        return images, torch.ones_like(images[:, :1])
+    masks = [_pixels(name, "L") for name in concept.masks]
+    for name, mask in zip(concept.masks, masks, strict=True):
+        if mask.shape[1:] != images.shape[2:] or not bool((mask >= 0.5).any()):
+            raise ValueError(f"The mask {name} is dark throughout, or its size is not that of the images.")
+    return images, (torch.stack(masks) >= 0.5).float()
+
+
+def _pixels(name: str, mode: str) -> Tensor:
+    """(channels, h, w) in [0, 1]"""
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"There is no picture file {name}.")
+    try:
+        with Image.open(name) as image:
+            values = np.atleast_3d(np.asarray(image.convert(mode), dtype=np.float32))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is not a whole picture: {error}.") from None
+    return torch.from_numpy(values / 255).permute(2, 0, 1)
+
+
+def _inside(folder: Path, name: object, what: str) -> Path:
+    """The file of that name. Raises ValueError when it lies outside the folder, FileNotFoundError without one."""
     if not isinstance(name, str):
-        raise ValueError(f"The name of a corpus file must be a text, got {name!r}.")
+        raise ValueError(f"The name of a {what} must be a text, got {name!r}.")
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"The corpus file {name!r} lies outside the concept's folder.")
+        raise ValueError(f"The {what} {name!r} lies outside the concept's folder.")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no corpus file {path}.")
+        raise FileNotFoundError(f"There is no {what} {path}.")
+    return path
+
+
+def _read_texts(folder: Path, name: object) -> list[str]:
+    path = _inside(folder, name, "corpus file")
     try:
         with path.open(encoding="utf-8") as file:
             lines = list(file)

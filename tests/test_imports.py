@@ -69,6 +69,7 @@ HEAVY = {
         ("conceptx.attacks", set()),
         ("conceptx.comparing", {"torch", "numpy", "safetensors", "pydantic"}),
         ("conceptx.tuning", {"torch", "numpy", "safetensors", "pydantic"}),
+        ("conceptx.methods.budgeted", {"torch", "numpy", "safetensors", "pydantic"}),
         ("conceptx.methods.uce", {"torch", "numpy", "safetensors", "pydantic"}),
         ("conceptx.methods.esd", {"torch", "numpy", "safetensors", "pydantic"}),
         ("conceptx.evaluation.lm_eval", {"torch", "numpy", "safetensors"}),

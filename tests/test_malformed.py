@@ -216,7 +216,7 @@ CASES = {
     "pipeline: site of a language model": (
         lambda w: Edit(w.pipeline.fingerprint, maps={
             "layers.1.output": (Subspace.orthogonal(torch.eye(32)[:, :1]).removal(),)}).apply(w.pipeline),
-        KeyError, "no site 'layers.1.output'; available: text"),
+        KeyError, "no site 'layers.1.output'; similar: text_encoder"),
     "pipeline: adapter for peft": (
         lambda w: UCE().erase(w.pipeline, Concept("cat", anchor="dog")).export_peft(w.folder / "lora"),
         ValueError, "fold it first"),
@@ -265,7 +265,7 @@ CASES = {
         lambda w: (w.saved(), w.file("edit/edit.json", "[]"), lambda: Edit.load(w.folder / "edit"))[2],
         ValueError, "is not an edit of this version"),
     "edit: of a later version": (
-        lambda w: (lambda f: lambda: Edit.load(f))(w.saved({"version": 2})), ValueError, "not an edit of this version"),
+        lambda w: (lambda f: lambda: Edit.load(f))(w.saved({"version": 3})), ValueError, "not an edit of this version"),
     "edit: tensors elsewhere": (
         lambda w: (lambda f: lambda: Edit.load(f))(w.saved({"tensors": "../x.safetensors"})),
         ValueError, "lies outside its folder"),
@@ -283,7 +283,7 @@ CASES = {
         lambda w: ELM.from_settings({"retain_targets": "firm"}), ValueError, "ELM retain_targets: .*'soft' or 'hard'"),
     "settings: wrong length": (lambda w: ELM.from_settings({"layers": [1]}), ValueError, r"ELM layers\.1: "),
     "settings: UCE form": (
-        lambda w: UCE(form="tensor"), ValueError, "form must be one of replace, orthogonal, debias, got 'tensor'"),
+        lambda w: UCE(form="tensor"), ValueError, "one of replace, moderate, orthogonal, debias, got 'tensor'"),
     "settings: UCE tokens": (lambda w: UCE(tokens="first"), ValueError, "tokens must be one of last, last.rest, all"),
     "settings: UCE retain_tokens": (
         lambda w: UCE.from_settings({"retain_tokens": "last+rest"}), ValueError, "retain_tokens: .*'last' or 'all'"),
@@ -299,7 +299,7 @@ CASES = {
     "settings: ESD rank 0": (lambda w: ESD.from_settings({"rank": 0}), ValueError, "^ESD: rank must be positive"),
     "settings: not positive": (lambda w: ELM.from_settings({"rank": 0}), ValueError, "ELM: rank must be positive"),
     "command: unknown method": (lambda w: command(w, method="lace"),
-        ValueError, "Unknown method 'lace'; available: directional_ablation, elm"),
+        ValueError, "Unknown method 'lace'; available: budgeted, directional_ablation, elm"),
     "command: unknown dtype": (lambda w: command(w, dtype="int8"),
         ValueError, "Unknown dtype 'int8'; available: float32"),
     "command: unknown model folder": (lambda w: command(w, model="./no"), FileNotFoundError, "no model folder ./no"),

@@ -1,5 +1,7 @@
 """The command line. Thin: it reads files, calls the library, shows progress, and writes what comes back."""
 
+from conceptx.cli.amend import amend
+from conceptx.cli.checkpoints import fold
 from conceptx.cli.dictionaries import train
 from conceptx.cli.edits import demo, erase, features, methods
 from conceptx.cli.frame import app, main
@@ -7,6 +9,7 @@ from conceptx.cli.scores import attack, evaluate
 from conceptx.cli.studies import compare, report, tune
 
 __all__ = [
+    "amend",
     "app",
     "attack",
     "compare",
@@ -14,6 +17,7 @@ __all__ = [
     "erase",
     "evaluate",
     "features",
+    "fold",
     "main",
     "methods",
     "report",

@@ -7,17 +7,21 @@ from typing import Annotated
 
 import typer
 
-from conceptx.cli.frame import Device, DTypeName, ModelName, Settings, app, load_language_model, setting_of
+from conceptx.cli.frame import Device, DTypeName, ModelName, Settings, app, load_model, setting_of
 
-dictionary = typer.Typer(no_args_is_help=True, help="Dictionaries of features (sparse autoencoders) for PISCES.")
+dictionary = typer.Typer(
+    no_args_is_help=True, help="Dictionaries of features (sparse autoencoders) for PISCES and ItD."
+)
 app.add_typer(dictionary, name="dictionary")
 
 
 @dictionary.command()
 def train(
     model: ModelName,
-    site: Annotated[str, typer.Option(help="Where: layers.6.mlp_output, for example.")],
-    texts: Annotated[list[Path], typer.Option(help='Files of texts: JSONL of {"text": ...}, or a text a line.')],
+    site: Annotated[str, typer.Option(help="Where: layers.6.mlp_output or text_encoder.layers.0, for example.")],
+    texts: Annotated[
+        list[Path], typer.Option(help='Files of texts: JSONL of {"text": ...}, or a text a line; or testbed:emoji.')
+    ],
     out: Annotated[
         Path, typer.Option(help="Folder for the dictionary. A stopped training goes on when started again.")
     ],
@@ -32,6 +36,8 @@ def train(
 
         conceptx dictionary train smollm2 --site layers.6.mlp_output --out runs/sae-6
         --texts tasks/concepts/corpora/capitals.forget.jsonl --texts tasks/concepts/corpora/capitals.retain.jsonl
+
+        conceptx dictionary train testbed:emoji --site text_encoder.layers.0 --texts testbed:emoji --out runs/emoji-sae
     """
     import shutil
     from dataclasses import asdict
@@ -46,7 +52,7 @@ def train(
     values = {name: value for text in setting or [] for name, value in setting_of(text).items()}
     settings = build(SAETraining, values)
     corpus = [text for path in texts for text in read_texts(path)]
-    host = load_language_model(model, dtype, device)
+    host = load_model(model, dtype, device)
     with shown():
         trained = train_dictionary(host, site, corpus, settings, seed=seed, folder=out / "checkpoint")
     trained.save(out)

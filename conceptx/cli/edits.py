@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from conceptx.cli.amend import open_ledger, say_guarantees
 from conceptx.cli.frame import (
     Device,
     DTypeName,
@@ -55,10 +56,13 @@ def erase(
     merged: Annotated[
         Path | None, typer.Option(help="Also write the merged model for plain transformers or diffusers here.")
     ] = None,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="UCE: also write what it was solved from, for `conceptx amend`.")
+    ] = False,
     dtype: DTypeName = "auto",
     device: Device = "auto",
 ) -> None:
-    """Make an edit that takes a concept out of a model, and save it.
+    """Make an edit that takes a concept out of a model, and save it. Of a pipeline, say what it does to names.
 
     Examples:
 
@@ -82,13 +86,18 @@ def erase(
         eraser = eraser_of(_usual_method(host), recipe, setting or [])
     resumes = "checkpoint" in inspect.signature(eraser.erase).parameters
     resume: dict[str, Any] = {"checkpoint": out / "checkpoint"} if resumes else {}
+    opened = open_ledger(eraser, host, what) if ledger else None
     with shown():
-        edit = eraser.erase(host, what, seed=seed, **resume)
+        edit = eraser.erase(host, what, seed=seed, **resume) if opened is None else opened.edit(seed=seed)
     if int(os.environ.get("RANK", "0")) > 0:
         return  # one of several processes; the first one writes
     edit.save(out)
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     typer.echo(f"{out}: {edit.describe()}")
+    if opened is not None:
+        opened.save(out)
+        typer.echo(f"{out / 'ledger.json'}: the ledger, for conceptx amend")
+    say_guarantees(host, edit, what)
     if peft is not None:
         edit.fold(host).export_peft(peft, host)
         typer.echo(f"{peft}: LoRA adapter for peft")

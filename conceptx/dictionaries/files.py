@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conceptx.geometry import AffineDictionary, Dictionary, SparseDictionary
 from conceptx.store import load_tensors, save_tensors, write_atomically
+from conceptx.testbeds import emoji
 
 SPARSE, SPARSE_TENSORS = "cfg.json", "sae_weights.safetensors"  # as sae-lens names them
 AFFINE, AFFINE_TENSORS = "dictionary.json", "dictionary.safetensors"
@@ -26,7 +27,7 @@ SAE_LENS = "6.54.0"  # the version whose format is written
 FORMAT = {"format": "conceptx-dictionary", "version": 1, "kind": "affine"}
 
 
-def load_dictionary(source: str | Path) -> Dictionary:
+def load_dictionary(source: str | Path) -> AffineDictionary | SparseDictionary:
     """A dictionary, in float32 on the CPU.
 
     source: a folder written by `save_dictionary` or by sae-lens (standard, topk or jumprelu; it saves batchtopk and
@@ -85,8 +86,11 @@ def saved_metadata(folder: str | Path) -> dict[str, Any]:
 def read_texts(path: str | Path) -> list[str]:
     """The texts in a file: {"text": ...} a line if its name ends in .jsonl, else a text a line. Blank lines are none.
 
+    "testbed:emoji" names the captions that the emoji model was trained on.
     Raises FileNotFoundError when it is missing, ValueError when a line is wrong or no text is there.
     """
+    if str(path) == emoji.NAME:
+        return list(dict.fromkeys(emoji.every_caption()))
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no text file {path}.")
@@ -211,7 +215,7 @@ def _gemma_scope(path: Path) -> SparseDictionary:
     return sparse_dictionary({"architecture": "jumprelu", "apply_b_dec_to_input": False}, tensors)
 
 
-def _released(release: str, name: str) -> Dictionary:
+def _released(release: str, name: str) -> SparseDictionary:
     sae_lens = imported_sae_lens()
     try:
         sae = sae_lens.SAE.from_pretrained(release, name, device="cpu")

@@ -7,22 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conceptx.models import LanguageModel
+from conceptx.models import LanguageModel, Model
 from conceptx.progress import track
 
 BATCH = 16  # texts of similar length that the model reads at once
 
 
-def recorded(model: LanguageModel, texts: Sequence[str], site: str) -> Tensor:
+def recorded(model: Model, texts: Sequence[str], site: str) -> Tensor:
     """The activations (tokens, d) of the texts at a site, on the CPU in the model's dtype, shorter texts first.
 
-    The first token that a model reads attends to itself alone, and many models keep huge activations there. Where the
-    tokenizer puts no token of its own before a text, the first one of each text is therefore left out.
+    The first token that a language model reads attends to itself alone, and many keep huge activations there. Where the
+    tokenizer puts no token of its own before a text, the first one of each text is therefore left out. Of a pipeline's
+    text encoder every token is there that belongs to a prompt, also the begin token and the end-of-text token.
     Raises ValueError for an empty list or text, and for a text that is longer than the model can read.
     """
-    lengths = lengths_of(model, texts)
+    lengths = lengths_of(model, texts, site)
     order = sorted(range(len(texts)), key=lengths.__getitem__)
-    states = torch.empty(sum(lengths), model.width(site), dtype=model.module.dtype)
+    states = torch.empty(sum(lengths), model.width(site), dtype=next(model.module.parameters()).dtype)
     filled, skipped = 0, _skipped(model)
     batches = -(-len(texts) // BATCH)
     found = model.record([texts[i] for i in order], [site], batch_size=BATCH)
@@ -38,8 +39,10 @@ def recorded(model: LanguageModel, texts: Sequence[str], site: str) -> Tensor:
     return states
 
 
-def lengths_of(model: LanguageModel, texts: Sequence[str]) -> list[int]:
+def lengths_of(model: Model, texts: Sequence[str], site: str) -> list[int]:
     """How many activations `recorded` gives of each text, without running the model. Raises ValueError as it does."""
+    if not isinstance(model, LanguageModel):
+        return model.lengths(texts, site)
     lengths = [len(row) for row in model.encode(texts)]
     longest = max(lengths)
     if longest + len(model.start) > model.module.config.max_position_embeddings:
@@ -50,5 +53,5 @@ def lengths_of(model: LanguageModel, texts: Sequence[str]) -> list[int]:
     return [length - _skipped(model) for length in lengths]
 
 
-def _skipped(model: LanguageModel) -> int:
-    return 0 if model.start else 1
+def _skipped(model: Model) -> int:
+    return 1 if isinstance(model, LanguageModel) and not model.start else 0

@@ -1,4 +1,4 @@
-"""Sparse autoencoders trained on the activations of a language model, by the trainer of sae-lens."""
+"""Sparse autoencoders trained on the activations of a model, by the trainer of sae-lens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from conceptx.dictionaries.files import imported_sae_lens, save_dictionary, sparse_dictionary
 from conceptx.dictionaries.states import lengths_of, recorded
 from conceptx.geometry import SparseDictionary, reconstruction
-from conceptx.models import LanguageModel
+from conceptx.models import LanguageModel, Model
 from conceptx.progress import report
 from conceptx.store import load_tensors, save_tensors
 
@@ -103,7 +103,7 @@ class TrainedDictionary:
 
 
 def train_dictionary(
-    model: LanguageModel,
+    model: Model,
     site: str,
     texts: Sequence[str],
     settings: SAETraining | None = None,
@@ -113,6 +113,7 @@ def train_dictionary(
 ) -> TrainedDictionary:
     """Train a sparse autoencoder on the activations of the texts at a site, in float32 on the model's device.
 
+    model:  a language model, or a pipeline with a site inside one of its text encoders.
     folder: for a checkpoint; run the same call again after an interruption and it goes on where it stopped, with the
             same result. A text that occurs twice counts once. The model stays as it is.
 
@@ -157,10 +158,10 @@ class _Stream:
     does not fill a batch at the end of a part is left out for that epoch.
     """
 
-    def __init__(self, model: LanguageModel, site: str, texts: list[str], settings: SAETraining, seed: int) -> None:
+    def __init__(self, model: Model, site: str, texts: list[str], settings: SAETraining, seed: int) -> None:
         self.model, self.site, self.texts, self.seed = model, site, texts, seed
         self.size = settings.batch_size
-        lengths = lengths_of(model, texts)
+        lengths = lengths_of(model, texts, site)
         self.tokens = sum(lengths)
         self.parts = _parts(lengths, settings.buffer)
         self.batches = [sum(lengths[i] for i in part) // self.size for part in self.parts]
@@ -311,20 +312,24 @@ def _resume(trainer: Any, path: Path | None, run: str) -> int | None:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def _identity(
-    model: LanguageModel, site: str, learnt: list[str], measured: list[str], settings: SAETraining, seed: int
-) -> str:
+def _identity(model: Model, site: str, learnt: list[str], measured: list[str], settings: SAETraining, seed: int) -> str:
     """A hash of everything that determines a run, by which a checkpoint knows its own."""
     parts = [_provenance(model, site, settings, seed), learnt, measured, model.fingerprint.digest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _provenance(model: LanguageModel, site: str, settings: SAETraining, seed: int) -> dict[str, Any]:
+def _provenance(model: Model, site: str, settings: SAETraining, seed: int) -> dict[str, Any]:
     return {
         "site": site,
         "hook_name": model.site(site).module,
-        "model_type": model.module.config.model_type,
+        "model_type": _config(model, site).model_type,
         "settings": dataclasses.asdict(settings),
         "seed": seed,
         "versions": {package: version(package) for package in ("conceptx", "torch", "transformers", "sae-lens")},
     }
+
+
+def _config(model: Model, site: str) -> Any:
+    """Of the model, or of the text encoder of a pipeline that the site lies in."""
+    owner = model.module if isinstance(model, LanguageModel) else getattr(model.pipeline, site.partition(".")[0])
+    return owner.config

@@ -13,9 +13,9 @@ from conceptx.edit.apply import Applied, apply
 from conceptx.edit.deltas import Delta, combine
 from conceptx.edit.fold import fold
 from conceptx.edit.host import Fingerprint, Host
-from conceptx.geometry import ConceptMap
+from conceptx.geometry import ActivationMap
 
-Maps = Mapping[str, tuple[ConceptMap, ...]]
+Maps = Mapping[str, tuple[ActivationMap, ...]]
 
 
 @dataclass(frozen=True, eq=False)

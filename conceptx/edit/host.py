@@ -67,10 +67,10 @@ class Part:
 
     @staticmethod
     def of(kind: str, parameters: Iterable[tuple[str, Tensor]]) -> Part:
-        named = sorted(parameters, key=lambda pair: pair[0])
-        shapes: Mapping[str, list[int]] = {name: list(p.shape) for name, p in named}
+        found = {name: (list(p.shape), sampled(p)) for name, p in parameters}  # no more than one is held
+        shapes: Mapping[str, list[int]] = {name: found[name][0] for name in sorted(found)}
         structure = hashlib.sha256(json.dumps([kind, shapes]).encode()).hexdigest()
-        return Part(structure, torch.cat([sampled(p) for _, p in named]))
+        return Part(structure, torch.cat([found[name][1] for name in shapes]))
 
     def mismatch(self, other: Part) -> str | None:
         """Why the other component is not this one, or None when it is."""

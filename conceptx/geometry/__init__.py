@@ -7,9 +7,11 @@ from conceptx.geometry.dictionary import (
     Dictionary,
     Reconstruction,
     SparseDictionary,
+    feature_change,
     reconstruction,
 )
 from conceptx.geometry.fantope import project_fantope, waterfill
+from conceptx.geometry.feature_map import ActivationMap, FeatureMap
 from conceptx.geometry.map import ConceptMap, capped
 from conceptx.geometry.moments import Moments
 from conceptx.geometry.ridge import DenseMetric, Metric, RetainMetric, dual
@@ -18,11 +20,13 @@ from conceptx.geometry.subspace import Subspace
 from conceptx.geometry.whitening import shrink, whitening
 
 __all__ = [
+    "ActivationMap",
     "AffineDictionary",
     "Array",
     "ConceptMap",
     "DenseMetric",
     "Dictionary",
+    "FeatureMap",
     "Metric",
     "Moments",
     "Reconstruction",
@@ -32,6 +36,7 @@ __all__ = [
     "WeightedRows",
     "capped",
     "dual",
+    "feature_change",
     "project_fantope",
     "reconstruction",
     "replacement",

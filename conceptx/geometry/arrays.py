@@ -51,3 +51,11 @@ def matrix(x: Array | list, name: str, *, width: int | None = None) -> Tensor:
     if width is not None and tensor.shape[1] != width:
         raise ValueError(f"{name} has {tensor.shape[1]} columns where {width} are expected.")
     return finite(tensor, name)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows' rows (d, d) for rows (n, d). On the CPU by numpy, which computes one half and mirrors it."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    plain = rows.numpy()
+    return torch.from_numpy(plain.T @ plain)

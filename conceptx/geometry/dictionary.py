@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -134,6 +135,20 @@ class SparseDictionary:
 
     def decode(self, z: Float[Tensor, "*rows f"]) -> Float[Tensor, "*rows d"]:
         return z.to(self.write) @ self.write + self.write_bias
+
+
+def feature_change(
+    dictionary: Dictionary,
+    old: Float[Tensor, "*rows k"],
+    new: Float[Tensor, "*rows k"],
+    features: Sequence[int] | Tensor,
+) -> Float[Tensor, "*rows d"]:
+    """What a vector gains when the coefficients of some features become `new`: (new - old) write.
+
+    Added to the vector x itself it is decode(z') + (x - decode(z)), with the dictionary's error added back; added to
+    decode(z) it is decode(z').
+    """
+    return (new - old) @ dictionary.write[torch.as_tensor(features)].to(old)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ class ConceptMap:
         """Whether a linear layer that reads x can absorb the map."""
         return self.gate == "identity"
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of it, beside the gate."""
+        return {"write": self.write, "read": self.read, "mean": self.mean}
+
     def __call__(self, x: ArrayT) -> ArrayT:
         """T(x) for x of shape (..., d); numpy or torch, same type, dtype and device out."""
         if x.shape[-1] != self.dim:
@@ -93,11 +97,14 @@ class ConceptMap:
             self.write.to(device, dtype), self.read.to(device, dtype), self.mean.to(device, dtype), self.gate
         )
 
-    def commutes_with(self, other: ConceptMap, tolerance: float = 1e-9) -> bool:
+    def commutes_with(self, other: object, tolerance: float = 1e-9) -> bool:
         """Whether applying the two in either order gives the same result, up to rounding.
 
-        With a gate that is not affine, only maps that write nothing the other reads are known to commute.
+        With a gate that is not affine, only maps that write nothing the other reads are known to commute; with a map of
+        another kind none are.
         """
+        if not isinstance(other, ConceptMap):
+            return False
         here = other.to(self.write.device)
         mine, theirs = here.read @ self.write, self.read @ here.write  # what each writes into the other's coordinates
         if not (self.affine and here.affine):

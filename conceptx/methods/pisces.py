@@ -16,7 +16,7 @@ from torch import Tensor
 from conceptx.concept import Concept
 from conceptx.edit import Columns, Edit
 from conceptx.eraser import Eraser, provenance
-from conceptx.geometry import AffineDictionary, Dictionary
+from conceptx.geometry import AffineDictionary, Dictionary, feature_change
 from conceptx.methods import _feature_search as search
 from conceptx.methods._concept_tokens import ConceptTokens, concept_tokens
 from conceptx.methods._feature_search import Candidate, Feature, FeatureSearch, Recording
@@ -258,4 +258,4 @@ def suppress(
         raise ValueError(f"No value vector holds the features {list(features)}.")
     old = dictionary.encode(rows[index])[:, list(features)]
     new = reads.abs().max() * strength * towards[index]
-    return index, torch.where(held[index], new - old, 0) @ dictionary.write[list(features)].to(rows)
+    return index, feature_change(dictionary, old, torch.where(held[index], new, old), features)

@@ -71,8 +71,8 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") ->
         raise FileNotFoundError(f"There is no model folder {name}.")
     source = str(folder) if folder.is_dir() else name
     try:
-        if (index := _pipeline_index(source)) is not None:
-            return wrap(_pipeline(source, index, dtype or torch.float32).to(device))
+        if (index := pipeline_index(source)) is not None:
+            return wrap(pipeline_of(source, index, dtype or torch.float32).to(device))
         return _language_model(source, dtype, device)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
@@ -90,7 +90,7 @@ def _language_model(source: str, dtype: torch.dtype | None, device: str) -> Mode
     return wrap(model.to(device).eval(), tokenizer)
 
 
-def _pipeline_index(source: str) -> dict[str, Any] | None:
+def pipeline_index(source: str) -> dict[str, Any] | None:
     """The components that a `model_index.json` names, or None where there is none. No pipeline code is imported."""
     path = Path(source) / INDEX
     if not Path(source).is_dir():
@@ -109,15 +109,19 @@ def _pipeline_index(source: str) -> dict[str, Any] | None:
     return index
 
 
-def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype) -> Any:
-    """Without a safety checker, whose black pictures would be taken for erasing."""
+def pipeline_of(source: str, index: dict[str, Any], dtype: torch.dtype, **parts: Any) -> Any:
+    """Without a safety checker, whose black pictures would be taken for erasing.
+
+    parts: components that are there already, by name.
+    """
     import diffusers
 
     if not hasattr(diffusers, name := index["_class_name"]):
         raise ValueError(f"This version of diffusers ({diffusers.__version__}) has no pipeline {name!r}.")
-    without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
     with _bars_as_transformers():
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, trust_remote_code=False, **without)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, trust_remote_code=False, **parts)
     for encoder in text_encoders(pipeline).values():  # transformers keeps the half precision of a file
         encoder.to(dtype)
     return pipeline

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,11 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from conceptx.edit import Edit, Fingerprint, Part
-from conceptx.geometry import ConceptMap
+from conceptx.edit import Dense, Edit, Fingerprint, Part
+from conceptx.edit.fold import require_none
+from conceptx.geometry import ActivationMap, ConceptMap
 from conceptx.models import parameters
-from conceptx.models.diffusion_sites import Denoiser, denoiser_of, hook_argument, text_encoders, text_sites
+from conceptx.models.diffusion_sites import Denoiser, denoiser_of, hook_prompts, text_encoders, text_sites
 from conceptx.models.modes import evaluating
+from conceptx.models.passes import hook, seen
 from conceptx.models.schedule import Schedule, as_timesteps
 from conceptx.models.sites import Site
 from conceptx.progress import track
@@ -110,7 +113,8 @@ class DiffusionModel:
         self.denoiser: Any = getattr(pipeline, self.denoiser_name)
         self.module = nn.ModuleDict({self.denoiser_name: self.denoiser, **text_encoders(pipeline)})
         _refuse_changed(self.module)
-        self.sites: dict[str, Site] = {site.name: site for site in text_sites(self.architecture, self.denoiser)}
+        sites = text_sites(self.architecture, self.denoiser, text_encoders(pipeline))
+        self.sites: dict[str, Site] = {site.name: site for site in sites}
         self.applied: list[Any] = _APPLIED.setdefault(self.denoiser, [])  # shared by all wrappers of one pipeline
 
     # -- what is there -----------------------------------------------------------------------------------------
@@ -122,9 +126,13 @@ class DiffusionModel:
         Raises ValueError when it is asked for the first time with an edit in force.
         """
         self.require_unedited()
-        return Fingerprint(
-            {name: Part.of(type(part).__name__, part.named_parameters()) for name, part in self.module.items()}
-        )
+        parts = {name: Part.of(kind, part.named_parameters()) for name, (kind, part) in self.components.items()}
+        return Fingerprint(parts)
+
+    @property
+    def components(self) -> dict[str, tuple[str, nn.Module]]:
+        """What the fingerprint is taken of, each with its kind."""
+        return {name: (type(part).__name__, part) for name, part in self.module.items()}
 
     @property
     def text_fingerprint(self) -> Fingerprint:
@@ -152,6 +160,8 @@ class DiffusionModel:
 
     def width(self, site: str) -> int:
         """The dimension of the rows at a site."""
+        if self.site(site).side == "output":
+            return int(getattr(self.pipeline, site.partition(".")[0]).config.hidden_size)
         if readers := self.readers(site):
             return self.parameter_shape(f"{readers[0]}.weight")[1]
         config = self.denoiser.config  # the pooled vector of SDXL stands beside six embedded numbers
@@ -195,11 +205,64 @@ class DiffusionModel:
         """Whether the parameter is the weight of a linear layer that shares it with no other module."""
         return parameters.takes_adapter(self.module, name)
 
-    def install(self, site: str, concept_map: ConceptMap) -> Any:
-        """Pass what the denoiser reads at a site through the map until `.remove()` of what is returned."""
-        found = self.site(site)
-        assert found.argument is not None  # every site of a pipeline is an argument of its denoiser
-        return hook_argument(self.module.get_submodule(found.module), found.argument, concept_map.to(self.device))
+    def install(self, site: str, concept_map: ActivationMap) -> Any:
+        """Pass what the denoiser reads, or a block of a text encoder gives, through the map until `.remove()`.
+
+        Raises ValueError for a map of whole prompts at a site outside the text encoders.
+        """
+        found, here = self.site(site), concept_map.to(self.device)
+        if isinstance(here, ConceptMap):
+            return hook(self.module, found, here)
+        _, tokenizer = self._reader(site)
+        return hook_prompts(self.module, found, tokenizer.eos_token_id, here)
+
+    # -- inside the text encoders ------------------------------------------------------------------------------
+
+    def record(
+        self, prompts: Sequence[str], sites: Sequence[str], *, batch_size: int = ENCODED_AT_ONCE
+    ) -> Iterator[dict[str, Tensor]]:
+        """Encode the prompts as the pipeline does, a batch at a time; yields {site: (tokens, d)} in their order.
+
+        The tokens of a prompt are those that its text encoder reads up to and with the end-of-text token; padding is
+        left out. The pass ends at the last of the sites.
+        Raises ValueError for an empty list, a site outside the text encoders, and a prompt that would be cut.
+        """
+        lengths = {name: self.lengths(prompts, name) for name in sites}
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            states = self._passing(prompts[part], sites)
+            yield {
+                name: torch.cat([x[:n] for x, n in zip(states[name], lengths[name][part], strict=True)])
+                for name in sites
+            }
+
+    def lengths(self, prompts: Sequence[str], site: str) -> list[int]:
+        """How many tokens `record` gives of each prompt at a site. Raises ValueError as it does."""
+        if not len(prompts):
+            raise ValueError("No text was given.")
+        name, _ = self._reader(site)
+        return [next(count for t, count, _ in self._lengths(text) if t == name) for text in prompts]
+
+    def begins(self, site: str) -> int:
+        """How many tokens of its own the tokenizer behind a site puts before a prompt (CLIP: one, T5: none)."""
+        return len(self._reader(site)[1]("").input_ids) - 1
+
+    def _reader(self, site: str) -> tuple[str, Any]:
+        """(name, tokenizer) of the text encoder that a site lies in."""
+        if self.site(site).side != "output":
+            inside = [name for name, found in self.sites.items() if found.side == "output"]
+            raise ValueError(f"The site {site} is not inside a text encoder; these are: {', '.join(inside)}.")
+        name = site.partition(".")[0].replace("text_encoder", "tokenizer")
+        return name, getattr(self.pipeline, name)
+
+    @torch.no_grad()
+    def _passing(self, prompts: Sequence[str], sites: Sequence[str]) -> dict[str, Tensor]:
+        """{site: (n, tokens, d)} while prompts are encoded, without padding that they do not need (see `encode`)."""
+        longest = max(count for text in prompts for _, count, _ in self._lengths(text))
+        short = self._padded_to(longest) if self._causal else nullcontext()
+        with evaluating(self.module), short:
+            places = [self.site(name) for name in sites]
+            return seen(self.module, places, lambda: self._encoded(list(prompts), unconditional=False))
 
     # -- prompts -----------------------------------------------------------------------------------------------
 
@@ -312,6 +375,11 @@ class DiffusionModel:
             name: (len(tokenizer("").input_ids) - 1, count - 1) for name, count, tokenizer in self._lengths(prompt)
         }
         return found[self.architecture.tokenizer]
+
+    def require_whole(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that a tokenizer would cut."""
+        for prompt in prompts:
+            self._span(prompt)
 
     def _converted(self, prompt: str, tokenizer: Any) -> str:
         """With every learnt token that has several vectors spelt out, as the pipeline does it."""
@@ -441,6 +509,24 @@ class DiffusionModel:
                 reached[on] = times[there]
         return latents, reached
 
+    def walk(
+        self, prompts: Prompts, *, steps: int, seeds: Sequence[int], guidance: float
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every stop of one `rollout`, 0 .. steps - 1: latents (n, c, h, w) in float32 and their timestep, one number.
+
+        Nothing beyond the stop that was last asked for is computed.
+        """
+        times, latents = self._timesteps(steps).to(self.device), self.noise(seeds)
+        strength = None if guidance == 1 else guidance
+        both = self._guided(prompts, len(seeds), strength)
+        for here, there in pairwise(times):
+            yield latents, here
+            rows = (here.repeat(len(seeds)), there.repeat(len(seeds)))
+            with evaluating(self.module):
+                output = self._output(latents, rows[0], both, strength)
+            latents = self.schedule.step(output, latents, *rows)
+        yield latents, times[-1]
+
     def _timesteps(self, steps: int) -> Tensor:
         _, height, width = self.latent_shape
         patch = 2 if self.architecture.packed else getattr(self.denoiser.config, "patch_size", None) or 1
@@ -488,8 +574,7 @@ class DiffusionModel:
         """
         if isinstance(prompts, str) or not len(prompts) or len(prompts) != len(seeds):
             raise ValueError(f"generate takes a list of prompts and as many seeds, got {prompts!r} and {seeds!r}.")
-        for prompt in prompts:
-            self._span(prompt)
+        self.require_whole(prompts)
         strength = self.guidance if guidance is None else guidance
         asked = {key: value for handle in self.applied for key, value in handle.edit.generation.items()}
         settings = {
@@ -521,14 +606,21 @@ class DiffusionModel:
         """
         self.require_unedited()
         folded = edit.fold(self)
-        if folded.maps:
-            raise ValueError(f"The maps at {sorted(folded.maps)} cannot be folded into weights.")
-        if new := sorted(name for name in folded.deltas if self.parameter(name) is None):
+        require_none(folded.maps)
+        self.bias_room(name for name in folded.deltas if self.parameter(name) is None)
+        with replaced_folder(Path(folder)) as temporary, folded.applied(self):
+            self.pipeline.save_pretrained(temporary)
+
+    def bias_room(self, names: Iterable[str]) -> tuple[dict[str, bool], dict[str, Dense]]:
+        """As of a language model: no component of a pipeline has room for a new bias.
+
+        Raises ValueError that names the first of them, when there is one.
+        """
+        if new := sorted(names):
             raise ValueError(
                 f"The denoiser has no place for the bias {new[0]}; erase with a zero mean, or save the edit as it is."
             )
-        with replaced_folder(Path(folder)) as temporary, folded.applied(self):
-            self.pipeline.save_pretrained(temporary)
+        return {}, {}
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

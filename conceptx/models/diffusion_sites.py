@@ -1,22 +1,28 @@
-"""What reads the text inside the denoiser of a diffusers pipeline: a table for each architecture.
+"""What reads the text inside the denoiser of a diffusers pipeline, and the blocks of its text encoders: tables.
 
-Layers are found by what they read, never by a class name or a pattern that another release may not have. A denoiser
-that is not in the table, or a table that matches no layer, is an error.
+Layers of a denoiser are found by what they read, never by a class name or a pattern that another release may not have.
+A denoiser or text encoder that is not in its table, or a table that matches no layer, is an error.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from conceptx.models.passes import hook, hook_argument
 from conceptx.models.sites import Site
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-KNOWN_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+# where the blocks of a text encoder lie: the path inside it ends so
+BLOCKS = {
+    "CLIPTextModel": "encoder.layers",
+    "CLIPTextModelWithProjection": "encoder.layers",
+    "T5EncoderModel": "encoder.block",
+}
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,8 @@ def denoiser_of(pipeline: Any) -> Denoiser:
             f"Unknown encoder_hid_dim_type {module.config.encoder_hid_dim_type!r}; known: None, 'text_proj'."
         )
     for encoder in text_encoders(pipeline).values():
-        if type(encoder).__name__ not in KNOWN_ENCODERS:
-            raise ValueError(f"Unknown text encoder {type(encoder).__name__}; known: {', '.join(KNOWN_ENCODERS)}.")
+        if type(encoder).__name__ not in BLOCKS:
+            raise ValueError(f"Unknown text encoder {type(encoder).__name__}; known: {', '.join(BLOCKS)}.")
     needed = (ARCHITECTURES[key].tokenizer, ARCHITECTURES[key].tokenizer.replace("tokenizer", "text_encoder"))
     if missing := [name for name in needed if getattr(pipeline, name, None) is None]:
         raise ValueError(f"The pipeline has no {missing[0]}, by whose tokens the rows of a prompt are counted.")
@@ -116,8 +122,9 @@ def denoiser_of(pipeline: Any) -> Denoiser:
     return ARCHITECTURES[key]
 
 
-def text_sites(denoiser: Denoiser, module: nn.Module) -> list[Site]:
-    """The sites of a pipeline: "text", then "pooled" where there is one.
+def text_sites(denoiser: Denoiser, module: nn.Module, encoders: Mapping[str, nn.Module]) -> list[Site]:
+    """The sites of a pipeline: "text", "pooled" where there is one, then "text_encoder.layers.0" and so on: what block
+    0 of a text encoder gives (the residual stream).
 
     Raises ValueError when no layer of the denoiser reads the text.
     """
@@ -131,20 +138,44 @@ def text_sites(denoiser: Denoiser, module: nn.Module) -> list[Site]:
     sites = [Site("text", denoiser.component, "input", inside(readers), "encoder_hidden_states")]
     if denoiser.pooled is not None:
         sites.append(Site("pooled", denoiser.component, "input", inside(denoiser.pooled_readers), denoiser.pooled))
-    return sites
+    return sites + [site for name, encoder in encoders.items() for site in _blocks(name, encoder)]
 
 
-def hook_argument(module: nn.Module, argument: str, function: Callable[[Tensor], Tensor]) -> Any:
-    """Pass one argument of every call of the module through a function, however the caller hands it over."""
-    name, _, entry = argument.partition(".")
-    place = list(inspect.signature(module.forward).parameters).index(name)
+def _blocks(name: str, encoder: nn.Module) -> list[Site]:
+    """The output of every block of a text encoder, from the first to the last."""
+    end = BLOCKS[type(encoder).__name__]
+    path, blocks = next((p, m) for p, m in encoder.named_modules() if f".{p}".endswith(f".{end}"))
+    return [
+        Site(f"{name}.layers.{number}", f"{name}.{path}.{number}", "output")
+        for number, _ in enumerate(blocks.children())
+    ]
 
-    def changed(value: Any) -> Any:
-        return {**value, entry: function(value[entry])} if entry else function(value)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if name in kwargs:
-            return args, {**kwargs, name: changed(kwargs[name])}
-        return (*args[:place], changed(args[place]), *args[place + 1 :]), kwargs
+def real_tokens(ids: Tensor, end: int) -> Tensor:
+    """(n, tokens): which tokens of prompts are no padding, namely all up to and with the first `end` of each."""
+    ends = ids == end
+    return ends.cumsum(1) - ends.long() == 0
 
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+@dataclass(frozen=True, eq=False)
+class _Hooks:
+    handles: tuple[Any, ...]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def hook_prompts(root: nn.Module, site: Site, end: int, function: Callable[[Tensor, Tensor], Tensor]) -> _Hooks:
+    """Pass what a block gives of whole prompts through function(states, real) until `.remove()` of what is returned.
+
+    states (n, tokens, d), real (n, tokens) of `real_tokens`, by the ids that the text encoder was called with.
+    """
+    real: list[Tensor] = []
+
+    def note(ids: Tensor) -> Tensor:
+        real[:] = [real_tokens(ids, end)]
+        return ids
+
+    encoder = root.get_submodule(site.name.partition(".")[0])
+    return _Hooks((hook_argument(encoder, "input_ids", note), hook(root, site, lambda x: function(x, real[0]))))

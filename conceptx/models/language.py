@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from conceptx.edit import Dense, Edit, Fingerprint, Part
-from conceptx.geometry import ConceptMap
+from conceptx.edit.fold import require_none
+from conceptx.edit.host import WHOLE
+from conceptx.geometry import ActivationMap, ConceptMap
 from conceptx.models import parameters
 from conceptx.models.modes import evaluating
-from conceptx.models.passes import activations
+from conceptx.models.passes import activations, hook
 from conceptx.models.sites import Block, Site, block_of, block_sites
 from conceptx.store import replaced_folder
 
@@ -51,7 +53,13 @@ class LanguageModel:
         Raises ValueError when it is asked for the first time with an edit in force.
         """
         self.require_unedited()
-        return Fingerprint({"model": Part.of(self.module.config.model_type, self.module.named_parameters())})
+        parts = {name: Part.of(kind, part.named_parameters()) for name, (kind, part) in self.components.items()}
+        return Fingerprint(parts)
+
+    @property
+    def components(self) -> dict[str, tuple[str, nn.Module]]:
+        """What the fingerprint is taken of, each with its kind."""
+        return {WHOLE: (self.module.config.model_type, self.module)}
 
     def require_unedited(self) -> None:
         """Raises ValueError when an edit is in force."""
@@ -141,10 +149,14 @@ class LanguageModel:
 
     # -- activations -------------------------------------------------------------------------------------------
 
-    def install(self, site: str, concept_map: ConceptMap) -> Any:
-        """Pass the activations of a site through the map until `.remove()` of what is returned."""
-        here = concept_map.to(self.device)
-        return self.hook(self.site(site), here)
+    def install(self, site: str, concept_map: ActivationMap) -> Any:
+        """Pass the activations of a site through the map until `.remove()` of what is returned.
+
+        Raises ValueError for a map that needs whole prompts: here a text grows token by token.
+        """
+        if not isinstance(concept_map, ConceptMap):
+            raise ValueError("A map of whole prompts acts inside the text encoders of a pipeline, not in this model.")
+        return self.hook(self.site(site), concept_map.to(self.device))
 
     def record(
         self, texts: Sequence[str], sites: Sequence[str], *, batch_size: int = 32
@@ -167,10 +179,7 @@ class LanguageModel:
 
     def hook(self, site: Site, function: Callable[[Tensor], Tensor]) -> Any:
         """Pass the activations of a site through a function until `.remove()` of what is returned."""
-        module = self.module.get_submodule(site.module)
-        if site.side == "input":
-            return module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
-        return module.register_forward_hook(lambda _, __, out: _on_first(function, out))
+        return hook(self.module, site, function)
 
     # -- texts -------------------------------------------------------------------------------------------------
 
@@ -292,17 +301,19 @@ class LanguageModel:
         """
         self.require_unedited()
         folded = edit.fold(self)
-        if folded.maps:
-            raise ValueError(f"The maps at {sorted(folded.maps)[:3]} cannot be folded into weights.")
-        switches, zeros = self._bias_room(folded)
+        require_none(folded.maps)
+        switches, zeros = self.bias_room(name for name in folded.deltas if self.parameter(name) is None)
         complete = replace(folded, deltas={**folded.deltas, **zeros})
         with replaced_folder(Path(folder)) as temporary, complete.applied(self), _set(self.module.config, switches):
             self.module.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
 
-    def _bias_room(self, edit: Edit) -> tuple[dict[str, bool], dict[str, Dense]]:
-        """The configuration switches that make room for the edit's new biases, and zeros for the others they bring."""
-        new = {name for name in edit.deltas if self.parameter(name) is None}
+    def bias_room(self, names: Iterable[str]) -> tuple[dict[str, bool], dict[str, Dense]]:
+        """The configuration switches that make room for new biases, and zeros for the others they bring.
+
+        Raises ValueError when the architecture has no place for one of them.
+        """
+        new = set(names)
         switches: dict[str, bool] = {}
         zeros: dict[str, Dense] = {}
         for switch, modules in self.block.bias_switches().items():
@@ -335,11 +346,6 @@ def _set(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
-
-
-def _on_first(function: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Some layers give a tuple whose first entry is the activation."""
-    return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

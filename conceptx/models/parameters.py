@@ -19,6 +19,11 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return live if live is None else _oriented(owner, live.data)
 
 
+def oriented(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A view of a tensor of that parameter, from the module's own orientation to (out, in) or back."""
+    return _oriented(_owner(module, name)[0], tensor)
+
+
 def parameter_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """The shape in (out, in), also of an absent bias."""
     owner, leaf = _owner(module, name)

@@ -66,7 +66,7 @@ def test_a_run_in_parts_goes_on_to_the_same_dictionary(stop, tmp_path, monkeypat
     heard = []
     with heard_by(lambda what, done, *_: heard.append((what, done))):
         whole = train(settings)
-    parts = len(training._parts(lengths_of(tiny(), TEXTS), settings.buffer))
+    parts = len(training._parts(lengths_of(tiny(), TEXTS, SITE), settings.buffer))
     assert parts > 5 and heard.count(("recording activations", 0)) > 2 * parts  # every round reads them anew
 
     def halt(what, done, *_):
@@ -132,7 +132,7 @@ def test_the_report_is_measured_on_held_out_texts(trained):
     quality = reconstruction(whole.dictionary, states)
     report = whole.report
     assert (report.unexplained, report.active) == (quality.unexplained, quality.active)
-    assert (report.tokens, report.held_out_tokens) == (sum(lengths_of(tiny(), learnt)), len(states))
+    assert (report.tokens, report.held_out_tokens) == (sum(lengths_of(tiny(), learnt, SITE)), len(states))
 
 
 def test_dead_are_the_features_that_have_not_fired_of_late():
@@ -187,7 +187,7 @@ def test_recorded_activations_leave_out_the_token_that_sees_only_itself(begins):
         (alone,) = model.record([text], ["layers.0.mlp_output"])
         rows.append(alone["layers.0.mlp_output"][not begins :])
     torch.testing.assert_close(found, torch.cat(rows), rtol=0, atol=1e-4)
-    assert len(found) == sum(lengths_of(model, texts))
+    assert len(found) == sum(lengths_of(model, texts, SITE))
 
 
 @pytest.mark.parametrize("buffer,parts", [(100, 1), (5, 3), (4, 4)])

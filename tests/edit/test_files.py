@@ -8,7 +8,7 @@ import torch
 from hosts import logits, tiny
 
 from conceptx import store
-from conceptx.edit import Columns, Dense, Edit, LowRank, Rows, files
+from conceptx.edit import Columns, Dense, Edit, LowRank, Rows
 from conceptx.geometry import ConceptMap, Subspace
 
 
@@ -71,7 +71,7 @@ def test_tensors_of_odd_strides_are_saved(tmp_path):
         edit = Edit(model.fingerprint, deltas={name: LowRank(up, normal(1, 32))})
         edit.save(tmp_path)
         assert torch.equal(says(model, Edit.load(tmp_path)), says(model, edit))
-        assert files._digest({"up": up}) == files._digest({"up": up.clone(memory_format=torch.contiguous_format)})
+        assert store.digest({"up": up}) == store.digest({"up": up.clone(memory_format=torch.contiguous_format)})
     corner = Dense(normal(6, 6).T[:1, :1])
     Edit(model.fingerprint, deltas={"a.weight": corner}).save(tmp_path)
     assert torch.equal(Edit.load(tmp_path).deltas["a.weight"].change, corner.change)
@@ -94,7 +94,7 @@ def test_an_interrupted_save_leaves_the_old_edit(moment, tmp_path, monkeypatch):
     if moment == "while tensors are written":
         monkeypatch.setattr(store, "save_file", half_written)
     elif moment == "before the index":
-        monkeypatch.setattr(files, "write_atomically", broken)
+        monkeypatch.setattr(Path, "write_text", lambda *_, **__: broken())
     else:
         rename = Path.replace
         monkeypatch.setattr(Path, "replace", lambda a, b: broken() if "edit.json" in str(b) else rename(a, b))

@@ -9,10 +9,20 @@ import torch
 from benchmarks.published_uce import edited, orthogonal
 from hosts import CLIP_TOKENS, PIPELINES, same, state, tiny_pipeline
 
-from conceptx import Concept, Edit
+from conceptx import Concept, Edit, load
 from conceptx.edit import LowRank
 from conceptx.methods import UCE
-from conceptx.methods.uce import OBJECT_TEMPLATES, STYLE_TEMPLATES, attribute_weights, debiased, without
+from conceptx.methods.uce import (
+    DEBIASING,
+    OBJECT_TEMPLATES,
+    STYLE_TEMPLATES,
+    attribute_weights,
+    debias,
+    debiased,
+    without,
+)
+from conceptx.progress import heard_by
+from conceptx.testbeds import emoji
 
 CAT = Concept("cat", kind="object", anchor="apple tree", retain=("bird", "iron"), synonyms=("kitten",))
 # Sums of 1e3 float64 products of size 10, divided by a ridge of 0.5: 1e-16 becomes 1e-12; two digits of room.
@@ -143,6 +153,17 @@ def test_an_orthogonal_target_has_no_part_along_the_block_and_keeps_the_rest():
     torch.testing.assert_close(target, off)
 
 
+def test_the_moderate_form_is_the_replacement_by_the_empty_prompt_whatever_the_anchor():
+    edit = UCE(form="moderate", templates=("{}", "the {} eats")).erase(sd1(), CAT)
+    bare = UCE(templates=("{}", "the {} eats")).erase(sd1(), CAT.model_copy(update={"anchor": None}))
+    for found, wanted in zip(*(tensors.maps["text"] for tensors in (edit, bare)), strict=True):
+        assert torch.equal(found.write, wanted.write) and torch.equal(found.read, wanted.read)
+    rows = Rows(sd1())
+    prompts = [rows.pair("cat", "")]
+    retained = [rows.all(text) for text in ("", "bird", "iron")]
+    assert_published(sd1(), UCE(form="moderate").erase(sd1(), CAT), prompts, retained)
+
+
 def test_the_debias_form_adds_scaled_directions():
     rows, shifts = Rows(sd1()), (("bread", 0.1), ("soup", -0.05))
 
@@ -212,7 +233,7 @@ def far(first, second):
     return float((first - second).norm())
 
 
-@pytest.mark.parametrize("form", ["replace", "orthogonal", "debias"])
+@pytest.mark.parametrize("form", ["replace", "moderate", "orthogonal", "debias"])
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_the_host_stays_and_undo_save_and_fold_hold_on_every_architecture(kind, form, tmp_path):
     model = tiny_pipeline(kind)
@@ -284,8 +305,8 @@ def test_the_record_names_what_was_used():
 
 
 def test_settings_survive_json():
-    debias = UCE(form="debias", attributes=(("man", 0.1), ("woman", -0.1)), templates=OBJECT_TEMPLATES)
-    for eraser in (UCE(), debias, UCE(templates=STYLE_TEMPLATES)):
+    shifted = UCE(form="debias", attributes=(("man", 0.1), ("woman", -0.1)), templates=OBJECT_TEMPLATES)
+    for eraser in (UCE(), UCE(form="moderate"), shifted, UCE(templates=STYLE_TEMPLATES)):
         assert UCE.from_settings(json.loads(json.dumps(dataclasses.asdict(eraser)))) == eraser
 
 
@@ -330,3 +351,136 @@ def test_an_edit_in_force_is_refused():
     model = tiny_pipeline("sd1")
     with UCE().erase(model, CAT).applied(model), pytest.raises(ValueError, match="An edit is in force"):
         UCE().erase(model, CAT)
+
+
+# -- the debiasing loop ------------------------------------------------------------------------------------------------
+
+IRON, BREAD, SOUP = Concept("iron", prompts=("hot iron", "soft iron")), "bread", "soup"
+TASTES = (BREAD, SOUP)
+
+
+class Painter:
+    """Draws with the edit in force: the share of images with attribute 0 is a known function of its weight a_0.
+
+    An image is one pixel: the attribute's number. What was asked is remembered.
+    """
+
+    def __init__(self, model, share):
+        self.model, self.share, self.asked, self.seeds = model, share, [], []
+
+    def __call__(self, prompts, *, seeds, **options):
+        (record,) = self.model.applied[-1].edit.provenance
+        shifts = dict(record["settings"]["attributes"])
+        self.asked.append((tuple(prompts), options))
+        self.seeds.append(tuple(seeds))
+        first = round(len(prompts) * min(max(self.share(shifts[BREAD]), 0), 1))
+        return (torch.arange(len(prompts)) >= first).float().reshape(-1, 1, 1, 1)
+
+
+def judge(images):
+    return images.flatten().int()
+
+
+def painted(monkeypatch, share, **settings):
+    model = tiny_pipeline("sd1")
+    painter = Painter(model, share)
+    monkeypatch.setattr(model, "generate", painter)
+    return debias(model, IRON, TASTES, judge=judge, images=100, **settings), painter, model
+
+
+def test_the_loop_converges_and_stops_below_the_tolerance(monkeypatch):
+    """share(a) = 0.2 + 2 a, step 0.1: the gap shrinks by 1 - 0.2 in each round, so 0.3 * 0.8^9 < 0.05 is the tenth."""
+    before = state(tiny_pipeline("sd1"))
+    found, painter, model = painted(monkeypatch, lambda a: 0.2 + 2 * a)
+    gaps = [r.gap for r in found.rounds]
+    assert gaps == pytest.approx([0.3 * 0.8**n for n in range(len(gaps))], abs=0.011)  # of 100 images
+    assert len(gaps) < 12 and gaps[-1] < 0.05 <= gaps[-2] and found.best == len(gaps) - 1
+    assert dict(found.rounds[0].weights) == {BREAD: 0, SOUP: 0} and found.rounds[0].shares == {BREAD: 0.2, SOUP: 0.8}
+    for earlier, later in zip(found.rounds, found.rounds[1:], strict=False):
+        wanted = {p: earlier.weights[p] + 0.1 * (0.5 - earlier.shares[p]) for p in TASTES}
+        assert dict(later.weights) == pytest.approx(wanted)
+    assert {asked for asked, _ in painter.asked} == {("hot iron", "soft iron") * 50}
+    assert len({seed for seeds in painter.seeds for seed in seeds}) == 100 * len(gaps)  # every round has its own
+    assert same(before, state(model)) and not model.applied
+
+
+def test_the_edit_is_the_solve_of_the_best_round(monkeypatch):
+    """share(a) = 0.2 + 25 a with a step of 0.1 overshoots further in each round: the first stays the best."""
+    found, _, model = painted(monkeypatch, lambda a: 0.2 + 25 * a, rounds=4)
+    assert found.best == 0 and len(found.rounds) == 4 and found.rounds[1].gap > found.rounds[0].gap
+    assert all(not (delta.up @ delta.down).any() for delta in found.edit.deltas.values())  # the original model
+    found, _, model = painted(monkeypatch, lambda a: 0.2 + 12 * a, rounds=2)
+    settings = dataclasses.replace(DEBIASING, form="debias", attributes=tuple(found.rounds[1].weights.items()))
+    again = settings.erase(model, IRON)
+    assert found.best == 1 and found.edit.deltas.keys() == again.deltas.keys()
+    assert all(
+        torch.equal(delta.up, again.deltas[n].up) and torch.equal(delta.down, again.deltas[n].down)
+        for n, delta in found.edit.deltas.items()
+    )
+    assert any((delta.up @ delta.down).abs().max() > 1e-3 for delta in found.edit.deltas.values())
+
+
+def test_shares_may_be_wanted_unequal_and_settings_pass_through(monkeypatch):
+    listened = []
+    with heard_by(lambda *heard: listened.append(heard)):
+        found, painter, _ = painted(
+            monkeypatch, lambda a: 0.5 + a, wanted={BREAD: 0.7, SOUP: 0.3}, step=0.5, tolerance=0.02, steps=7,
+            eraser=UCE(tokens="last"),
+        )  # fmt: skip
+    assert found.rounds[-1].shares == pytest.approx({BREAD: 0.7, SOUP: 0.3}, abs=0.02)
+    assert found.edit.provenance[0]["settings"]["tokens"] == "last" and painter.asked[0][1] == {"steps": 7}
+    assert [heard[:3] for heard in listened if heard[0] == "debiasing"] == [
+        ("debiasing", n + 1, 30) for n in range(len(found.rounds))
+    ]
+
+
+def test_a_name_is_asked_for_where_the_concept_has_no_prompts(monkeypatch):
+    model = tiny_pipeline("sd1")
+    painter = Painter(model, lambda a: 0.5)
+    monkeypatch.setattr(model, "generate", painter)
+    found = debias(model, Concept("iron"), TASTES, judge=judge, images=6)
+    assert len(found.rounds) == 1 and painter.asked == [(("iron",) * 6, {})]
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"attributes": ("bread",)}, "takes a list of two attributes or more, each once, got"),
+        ({"attributes": ("bread", "bread")}, "takes a list of two attributes or more"),
+        ({"attributes": "bread"}, "takes a list of two attributes or more"),
+        ({"wanted": {"bread": 1.0}}, "wanted must hold a share of each of"),
+        ({"wanted": {"bread": 0.7, "soup": 0.4}}, "that add up to 1"),
+        ({"wanted": {"bread": 1.5, "soup": -0.5}}, "that add up to 1"),
+        ({"rounds": 0, "step": float("nan")}, "rounds, step must be positive and finite"),
+        ({"judge": lambda images: [0]}, r"must answer 0\.\.1 for each of 4 images, got 1 answers of \[0\]"),
+        ({"judge": lambda images: [0, 1, 2, 1]}, r"got 4 answers of \[0, 1, 2\]"),
+        ({"attributes": ("bread " * 40, "soup")}, "tokens"),
+    ],
+)
+def test_wrong_debiasing_is_one_clear_error_before_anything_changes(settings, message):
+    model = tiny_pipeline("sd1")
+    before = state(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        debias(model, Concept("iron"), **({"attributes": TASTES, "judge": judge, "images": 4, "steps": 1} | settings))
+    assert same(before, state(model)) and not model.applied and str(caught.value).endswith(".")
+
+
+@pytest.mark.slow
+def test_an_emoji_of_a_dog_comes_in_all_styles():
+    """Without a word of style most are fluent; on seeds that the loop has not seen the edit spreads them out."""
+    model, judges = load(emoji.NAME), emoji.judges()
+    dog, options = Concept("dog", prompts=("a dog",)), {"steps": 10}
+    solve = UCE(retain_weight=0.1, templates=("{}", "a {}", "an emoji of a {}"))
+
+    def styles(images):
+        return judges.styles(images).argmax(1)
+
+    found = debias(
+        model, dog, emoji.STYLE_NAMES, judge=styles, rounds=4, images=64, tolerance=0.08, step=0.5, eraser=solve,
+        **options,
+    )  # fmt: skip
+    with found.edit.applied(model):
+        drawn = model.generate(["a dog"] * 64, seeds=range(10**6, 10**6 + 64), **options)
+    shares = torch.bincount(styles(drawn), minlength=4) / 64
+    assert found.rounds[0].gap > 0.4 and (shares - 0.25).abs().max() < 0.25
+    assert (judges.objects(drawn).argmax(1) == judges.object_names.index("dog")).float().mean() > 0.9

@@ -90,7 +90,7 @@ def test_tied_weights_count_once():
     assert model.module.lm_head.weight is embedding
     assert not model.takes_adapter("lm_head.weight") and tiny("llama").takes_adapter("lm_head.weight")
     names = [name for name, _ in model.module.named_parameters()]
-    assert len(model.fingerprint.samples) == 16 * len(names) and "lm_head.weight" not in names
+    assert len(model.fingerprint.parts["model"].samples) == 16 * len(names) and "lm_head.weight" not in names
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from conceptx.testbeds.emoji.vocabulary import (
     STYLES,
     EmojiObject,
     Style,
+    every_caption,
     fill,
     find,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "STYLE_NAMES",
     "EmojiObject",
     "Style",
+    "every_caption",
     "examples",
     "fill",
     "find",

@@ -192,7 +192,7 @@ def caption(thing: EmojiObject, style: str, draw: random.Random) -> Caption:
 
 
 def every_caption() -> list[str]:
-    """All captions that training can draw, for the tokenizer."""
+    """All captions that training can draw: for the tokenizer, and for dictionaries."""
     found = [fill(t, style=s) for t in STYLE_ONLY for s in STYLE_NAMES]
     for thing in OBJECTS:
         for name in (thing.name, *thing.synonyms):
