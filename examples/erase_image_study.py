@@ -1,17 +1,15 @@
-"""UCE and ESD on the emoji model: ten objects over seeds, a style, many concepts at once, and an attack.
+"""UCE and ESD on the emoji model: ten objects over seeds, a style, and an attack.
 
 python examples/erase_image_study.py objects --objects dog cat --seeds 0 1 2
 python examples/erase_image_study.py style
-python examples/erase_image_study.py curve
 python examples/erase_image_study.py attack
-python examples/erase_image_study.py tables      # print what was measured, draw the curve and the contact sheets
+python examples/erase_image_study.py tables      # print what was measured, draw the contact sheets
 
 Every cell is a file in the output folder; those that are there are not measured again, so several of these can run side
 by side and a stopped one goes on.
 """
 
 import argparse
-import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
@@ -36,8 +34,6 @@ from conceptx.testbeds import emoji
 
 OBJECTS = ("dog", "cat", "horse", "rabbit", "strawberry", "pizza", "guitar", "mobile_phone", "car", "rocket")
 METHODS = ("uce", "esd-x", "esd-u")
-COUNTS = (1, 10, 50, 100)
-TOKENS = ("last+rest", "last")
 COLUMNS = (
     ("target", "Acc_e"),
     ("general", "Acc_g"),
@@ -78,16 +74,6 @@ class Study:
         return self.kept(
             f"{kind}-{name}-{method}-{seed}",
             lambda: self.score(suite, [concept], self.edit(concept, method, seed), seed),
-        )
-
-    def many(self, count: int, seed: int, tokens: str) -> Report:
-        """UCE on `count` random objects at once, each with an anchor of its own group; all the rest is retained."""
-        concepts = crowd(count, seed)
-        suite = self.benchmark("object", seed, images=max(2, 40 // count), images_general=1, images_others=1)
-        eraser = UCE(tokens=tokens)
-        return self.kept(
-            f"many-{count}-{tokens}-{seed}",
-            lambda: self.score(suite, concepts, eraser.erase(self.model, concepts, seed=seed), seed),
         )
 
     def attacked(self, name: str, method: str, seed: int) -> Report:
@@ -152,21 +138,6 @@ def inversion() -> TextualInversion:
     return build(TextualInversion, read_recipe(tasks_folder() / "recipes" / "emoji" / "textual_inversion.toml"))
 
 
-def crowd(count: int, seed: int) -> list[Concept]:
-    """Random objects to erase; the anchor of each is a kept object of the same group, where there is one."""
-    things = list(emoji.OBJECTS)
-    random.Random(seed).shuffle(things)
-    erased, kept = things[:count], things[count:]
-    names = tuple(thing.name for thing in kept)
-    anchors = {
-        thing.name: [other.name for other in kept if other.group == thing.group] or list(names) for thing in erased
-    }
-    return [
-        Concept(thing.name, kind="object", anchor=anchors[thing.name][0], retain=names, prompts=(thing.name,))
-        for thing in erased
-    ]
-
-
 # -- tables and pictures ---------------------------------------------------------------------------------------------
 
 
@@ -229,39 +200,6 @@ def _cell(reports: Sequence[Report]) -> str:
     return f"{average('target', 'Acc_e')}, {average('general', 'Acc_g')}, {kept:.3f}"
 
 
-def draw_curve(out: Path, seeds: Sequence[int], path: Path) -> None:
-    """Acc_e, Acc_s and H_o against the number of concepts that UCE erases at once."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(TOKENS), sharey=True)
-    for panel, tokens in zip(panels, TOKENS, strict=True):
-        for (task, metric), color in zip(COLUMNS[:1] + COLUMNS[2:4], ("#c2410c", "#1d4ed8", "#15803d"), strict=True):
-            points = {
-                count: [
-                    Report.load(p)[task, metric].value
-                    for seed in seeds
-                    if (p := out / f"many-{count}-{tokens}-{seed}.json").is_file()
-                ]
-                for count in COUNTS
-            }
-            points = {count: values for count, values in points.items() if values}
-            middle = [mean(values) for values in points.values()]
-            spread = [
-                [m - min(v) for m, v in zip(middle, points.values(), strict=True)],
-                [max(v) - m for m, v in zip(middle, points.values(), strict=True)],
-            ]
-            panel.errorbar(list(points), middle, spread, color=color, marker="o", capsize=2, label=metric)
-        panel.set_xscale("log")
-        panel.set_xticks(COUNTS, [str(count) for count in COUNTS])
-        panel.set_xlabel("concepts erased at once")
-        panel.set_title(f'UCE, tokens="{tokens}"', fontsize=10)
-        panel.set_ylim(0, 1.02)
-    panels[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-
-
 def sheets(study: Study, pictures: Path) -> None:
     """Before and after, from the same seeds."""
     for name, prompts in {
@@ -297,7 +235,7 @@ def sheets(study: Study, pictures: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["objects", "style", "curve", "attack", "tables"])
+    parser.add_argument("part", choices=["objects", "style", "attack", "tables"])
     parser.add_argument("--objects", nargs="+", default=list(OBJECTS), choices=OBJECTS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -315,18 +253,12 @@ def main() -> None:
             for seed in seeds:
                 for method in arguments.methods:
                     study.single("style", "ink", method, seed)
-        elif arguments.part == "curve":
-            for seed in seeds:
-                for tokens in TOKENS:
-                    for count in COUNTS:
-                        study.many(count, seed, tokens)
         elif arguments.part == "attack":
             for seed in seeds:
                 for name in arguments.objects:
                     for method in arguments.methods:
                         study.attacked(name, method, seed)
         else:
-            draw_curve(arguments.out, seeds, Path("docs/pictures/emoji-uce-curve.png"))
             sheets(study, Path("docs/pictures"))
     if arguments.part == "tables":
         say = partial(Console(width=400).print, markup=False)

@@ -13,7 +13,7 @@ from conceptx.edit.apply import Applied, apply
 from conceptx.edit.deltas import Delta, combine
 from conceptx.edit.fold import fold
 from conceptx.edit.host import Fingerprint, Host
-from conceptx.geometry import ActivationMap
+from conceptx.geometry import ActivationMap, ConceptMap
 
 Maps = Mapping[str, tuple[ActivationMap, ...]]
 
@@ -58,6 +58,17 @@ class Edit:
         A map stays a map where its gate is not affine or where no linear layer reads the site directly.
         """
         return fold(self, model)
+
+    def compact(self, tolerance: float = 1e-6) -> Edit:
+        """Nearly the same edit in a smaller file: maps in float32 and through no more coordinates than they need.
+
+        tolerance: see `ConceptMap.compact`. Weight changes and maps through a dictionary stay as they are.
+        """
+        maps = {
+            site: tuple(m.compact(tolerance) if isinstance(m, ConceptMap) else m for m in maps)
+            for site, maps in self.maps.items()
+        }
+        return replace(self, maps=maps)
 
     def __mul__(self, strength: float) -> Edit:
         """The edit with every change multiplied by `strength` (1: as made; 0: nothing; 0.5: half of it)."""

@@ -89,6 +89,20 @@ class ConceptMap:
         both = capped(torch.cat([self.write, after.write], 1), torch.cat([self.read, read]))
         return ConceptMap(*both, self.mean)
 
+    def compact(self, tolerance: float = 1e-6) -> ConceptMap:
+        """Nearly the same map in float32, through no more coordinates than it needs; it still computes in float64.
+
+        tolerance: singular values of D L up to this share of the largest are left out. A gated map keeps its
+        coordinates, which the gate looks at.
+        """
+        write, read = self.write, self.read
+        if self.affine:
+            (left, up), (right, down) = torch.linalg.qr(write), torch.linalg.qr(read.T)
+            u, sizes, v = torch.linalg.svd(up @ down.T)
+            kept = sizes > tolerance * sizes[0]
+            write, read = left @ (u[:, : len(sizes)] * sizes)[:, kept], v[: len(sizes)][kept] @ right.T
+        return ConceptMap(*(t.float().contiguous() for t in (write, read, self.mean)), self.gate)
+
     def to(self, device: torch.device) -> ConceptMap:
         dtype = working_dtype(device)
         if all(t.device == device and t.dtype == dtype for t in (self.write, self.read, self.mean)):

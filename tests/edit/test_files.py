@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import logits, tiny
+from hosts import logits, tiny, tiny_pipeline
 
 from conceptx import store
 from conceptx.edit import Columns, Dense, Edit, LowRank, Rows
@@ -172,3 +172,17 @@ def test_an_index_that_does_not_fit_its_tensors_is_one_clear_error(change, messa
     (tmp_path / "edit.json").write_text(json.dumps(index | change))
     with pytest.raises(ValueError, match=message):
         Edit.load(tmp_path)
+
+
+def test_a_compact_edit_is_a_smaller_file_that_does_the_same(tmp_path):
+    model = tiny_pipeline("sd1")
+    write, read = normal(32, 40).double(), normal(40, 32).double()
+    edit = Edit(model.text_fingerprint, maps={"text": (ConceptMap(write, read, torch.zeros(32).double()),)})
+    for name, each in (("plain", edit), ("compact", edit.compact())):
+        each.save(tmp_path / name)
+    sizes = [sum(f.stat().st_size for f in (tmp_path / name).iterdir()) for name in ("plain", "compact")]
+    assert sizes[1] < 0.6 * sizes[0]
+    x = normal(5, 32).double()
+    torch.testing.assert_close(
+        Edit.load(tmp_path / "compact").maps["text"][0](x), edit.maps["text"][0](x), rtol=1e-5, atol=1e-4
+    )

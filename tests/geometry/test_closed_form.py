@@ -159,3 +159,20 @@ def test_errors_say_what_is_wrong():
         WeightedRows(targets, torch.ones(3).double())
     with pytest.raises(ValueError, match="NaN or infinite"):
         WeightedRows.of(targets / 0)
+
+
+def test_second_moments_stand_in_for_any_number_of_rows():
+    rows, keys, targets = random(0, 40, 6), random(1, 3, 6), random(2, 3, 6)
+    weighted = WeightedRows.of(rows, 0.7)
+    moments = WeightedRows.of_gram(rows.T @ rows, 0.7)
+    assert len(moments.rows) == 6
+    maps = [replacement(WeightedRows.of(keys), targets, kept, 0.5) for kept in (weighted, moments)]
+    x = random(3, 4, 6)
+    torch.testing.assert_close(maps[0](x), maps[1](x), rtol=0, atol=1e-9)
+
+
+def test_moments_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        WeightedRows.of_gram(torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64)))
+    with pytest.raises(ValueError, match="second moments are zero"):
+        WeightedRows.of_gram(torch.zeros(3, 3, dtype=torch.float64))

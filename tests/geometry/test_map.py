@@ -76,3 +76,40 @@ def test_orthogonal_directions_commute_and_tilted_ones_do_not():
 def test_errors_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call(make(0, 4, 1, oblique=True).removal())
+
+
+def pair(seed, d, rank):
+    return ConceptMap(random(seed, d, rank), random(seed + 1, rank, d), torch.zeros(d, dtype=torch.float64))
+
+
+@given(seeds, st.integers(2, 10), st.integers(1, 14), st.integers(1, 14))
+def test_two_maps_one_after_the_other_are_one(seed, d, first, second):
+    one, two, x = pair(seed, d, first), pair(seed + 2, d, second), random(seed + 4, 5, d)
+    both = one.then(two)
+    assert both.rank <= min(d, first + second) or both.rank == first + second <= d
+    torch.testing.assert_close(both(x), two(one(x)), rtol=1e-9, atol=1e-8)
+
+
+def test_maps_with_a_gate_a_mean_or_another_dimension_do_not_compose():
+    one, zero = pair(0, 4, 2), torch.zeros(4, dtype=torch.float64)
+    for other in (ConceptMap(one.write, one.read, zero, "relu"), ConceptMap(one.write, one.read, zero + 1)):
+        with pytest.raises(ValueError, match="identity for a gate and a mean of zero compose"):
+            one.then(other)
+    with pytest.raises(ValueError, match="dimensions 4 and 5"):
+        one.then(pair(0, 5, 2))
+
+
+@given(seeds, st.integers(2, 10), st.integers(1, 14))
+def test_a_compact_map_is_the_same_through_no_more_coordinates_than_it_needs(seed, d, rank):
+    mapping, x = pair(seed, d, rank), random(seed + 2, 5, d)
+    doubled = ConceptMap(torch.cat([mapping.write] * 2, 1), torch.cat([mapping.read] * 2), mapping.mean)
+    small = doubled.compact(1e-7)
+    assert small.rank <= min(rank, d) and small.write.dtype == torch.float32
+    size = float((mapping.write.norm() * mapping.read.norm() * x.norm()) + 1)
+    assert (small(x) - doubled(x)).abs().max() < 1e-6 * size  # float32 factors, and what the tolerance leaves out
+
+
+def test_a_gate_keeps_the_coordinates_it_looks_at():
+    one = pair(0, 4, 2)
+    gated = ConceptMap(torch.cat([one.write] * 2, 1), torch.cat([one.read] * 2), one.mean, "relu")
+    assert gated.compact().rank == 4
