@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import conceptx, folder  # noqa: F401  (a fixture)
 
+from conceptx import Edit
 from conceptx.cli import frame, studies
 from conceptx.dictionaries import load_dictionary
 
@@ -39,6 +40,19 @@ def test_a_dictionary_is_trained_and_used(folder: Path) -> None:  # noqa: F811
     assert "dictionary of 64 features" in output and load_dictionary(folder / "sae").width == 64
     source = ["--set", f'dictionary="{folder / "sae"}"']
     assert "1/" in conceptx("features", folder / "model", "--concept", folder / "metals.toml", *PISCES, *source)
+
+
+def test_a_dictionary_of_a_text_encoder_is_trained_and_a_concept_erased_with_it(tmp_path: Path) -> None:
+    captions = [form.format(name) for name in ("dog", "cat", "owl", "key", "sun") for form in ("{}", "a {}", "the {}")]
+    (tmp_path / "texts.txt").write_text("\n".join(captions))
+    (tmp_path / "dog.toml").write_text('name = "dog"\nretain = ["cat", "owl", "key", "sun"]\n')
+    small = [part for s in ("width=64", "k=4", "steps=60", "batch_size=16") for part in ("--set", s)]
+    where = ["--site", "text_encoder.layers.0", "--texts", tmp_path / "texts.txt", "--out", tmp_path / "sae"]
+    assert "dictionary of 64 features" in conceptx("dictionary", "train", "testbed:emoji", *where, *small)
+    settings = ["--set", f'dictionary="{tmp_path / "sae"}"', "--set", "top=8"]
+    concept = ["--concept", tmp_path / "dog.toml", "--out", tmp_path / "edit"]
+    conceptx("erase", "testbed:emoji", "--method", "itd", *concept, *settings)
+    assert list(Edit.load(tmp_path / "edit").maps) == ["text_encoder.layers.0"]
 
 
 def test_a_name_in_a_list_is_a_concept_with_its_benchmark_and_the_next_one_is_its_control() -> None:

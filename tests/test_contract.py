@@ -10,12 +10,11 @@ from functools import cache
 import pytest
 import torch
 from hosts import ALL, GARDEN, METALS, PIPELINES, host, said, same, state, tiny, tiny_pipeline
+from methods.dictionaries import dictionary_of_tokens
 
 from conceptx import Concept, Edit, methods
 from conceptx.capabilities import capabilities
-from conceptx.dictionaries import recorded
 from conceptx.eraser import labelled_states
-from conceptx.geometry import SparseDictionary
 
 pytestmark = pytest.mark.filterwarnings("ignore:The personas do not tell")  # a random model follows no persona
 
@@ -85,18 +84,12 @@ def method(name, fewer=True):
     return getattr(methods, name)(**(QUICK.get(name, {}) | (FEWER.get(name, {}) if fewer else {})))
 
 
-def dictionary_of_tokens(model, site):
-    """Its features are the states of a few prompts' tokens, which it gives back exactly, and no others."""
-    states = recorded(model, [CONCEPT.name, *CONCEPT.retain, *GARDEN], site).float()
-    write = torch.nn.functional.normalize(states - states.mean(0))
-    return SparseDictionary(write.T, write, torch.zeros(len(write)), states.mean(0), activation="topk", k=1)
-
-
 def erased(model, name, seed=0, fewer=True):
     """At two sites of the last layer for the vector methods: the contract is about the way, not the number of sites."""
     where = {"sites": ["layers.2.attention_input", "layers.2.mlp_input"]} if name in VECTOR else {}
     if name == "ItD":
-        where = {"dictionary": dictionary_of_tokens(model, QUICK["ItD"]["site"])}
+        texts = [CONCEPT.name, *CONCEPT.retain, *GARDEN]
+        where = {"dictionary": dictionary_of_tokens(model, QUICK["ItD"]["site"], texts)}
     return method(name, fewer).erase(model, CONCEPT, seed=seed, **where)
 
 

@@ -101,7 +101,8 @@ class ConceptMap:
             u, sizes, v = torch.linalg.svd(up @ down.T)
             kept = sizes > tolerance * sizes[0]
             write, read = left @ (u[:, : len(sizes)] * sizes)[:, kept], v[: len(sizes)][kept] @ right.T
-        return ConceptMap(*(t.float().contiguous() for t in (write, read, self.mean)), self.gate)
+        write, read, mean = (t.float().contiguous() for t in (write, read, self.mean))
+        return ConceptMap(write, read, mean, self.gate)
 
     def to(self, device: torch.device) -> ConceptMap:
         dtype = working_dtype(device)

@@ -21,6 +21,7 @@ from conceptx.models.base import INDEX, Model, pipeline_index, pipeline_of
 from conceptx.models.diffusion import DiffusionModel
 from conceptx.models.language import LanguageModel
 from conceptx.models.sites import block_of
+from conceptx.progress import quietly
 from conceptx.store import opened
 
 CONFIG = "config.json"
@@ -121,9 +122,10 @@ def _language_model(folder: Path) -> Any:
 
 
 def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:
-    parts = {name: _component(folder / name, *index[name]) for name in _component_names(index)}
-    modules = {name: part for name, part in parts.items() if part is not None}
-    return pipeline_of(str(folder), dict(index), torch.float32, **modules)
+    with quietly():
+        parts = {name: _component(folder / name, *index[name]) for name in _component_names(index)}
+        modules = {name: part for name, part in parts.items() if part is not None}
+        return pipeline_of(str(folder), dict(index), torch.float32, **modules)
 
 
 def _component_names(index: Mapping[str, Any]) -> list[str]:

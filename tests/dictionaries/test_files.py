@@ -327,6 +327,8 @@ def test_texts_are_read_from_jsonl_and_from_plain_lines(tmp_path):
     (tmp_path / "b.txt").write_text("one\n  two \n\n")
     assert read_texts(tmp_path / "a.jsonl") == ["one\ntwo", "three"]
     assert read_texts(tmp_path / "b.txt") == ["one", "two"]
+    captions = read_texts("testbed:emoji")
+    assert len(captions) == len(set(captions)) > 6000 and {"a noto dog", "a pet that barks"} <= set(captions)
 
 
 @pytest.mark.parametrize(

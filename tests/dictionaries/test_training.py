@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from hosts import GARDEN, METALS, same, state, tiny
+from hosts import GARDEN, METALS, same, state, tiny, tiny_pipeline
 
 from conceptx.dictionaries import SAETraining, load_dictionary, recorded, saved_metadata, train_dictionary, training
 from conceptx.dictionaries.states import lengths_of
@@ -202,6 +202,42 @@ def test_texts_are_cut_into_parts_of_about_equal_length(buffer, parts):
 
 def test_recorded_activations_keep_the_dtype_of_the_model():
     assert recorded(tiny(dtype=torch.bfloat16), METALS, SITE).dtype == torch.bfloat16
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_trained_on_a_text_encoder_as_well(tmp_path):
+    """The same run again, stopped or not; the folder says the site and what it was trained on."""
+    model, site = tiny_pipeline("sdxl"), "text_encoder_2.layers.0"
+    texts = [text for text in TEXTS if max(model.lengths([text], site)) <= 20]
+    settings = replace(SMALL, steps=30, batch_size=64)
+    before = state(model)
+    whole = train_dictionary(model, site, texts, settings, folder=tmp_path / "checkpoint")
+    assert same(before, state(model)) and whole.dictionary.dim == model.width(site) == 32
+    assert same(weights(train_dictionary(tiny_pipeline("sdxl"), site, texts, settings)), weights(whole))
+    early = train_dictionary(model, site, texts, replace(settings, steps=2)).report
+    assert whole.report.unexplained < 0.8 * early.unexplained
+    learnt, measured = training._split(texts, settings.held_out, 0)
+    counted = [sum(len(model.pipeline.tokenizer_2(text).input_ids) for text in part) for part in (learnt, measured)]
+    assert [whole.report.tokens, whole.report.held_out_tokens] == counted
+    whole.save(tmp_path)
+    known = saved_metadata(tmp_path)
+    assert (known["site"], known["model_type"]) == (site, "clip_text_model")
+    assert known["hook_name"].startswith("text_encoder_2.") and known["hook_name"].endswith("encoder.layers.0")
+
+
+@pytest.mark.parametrize(
+    "site,texts,kind,message",
+    [
+        ("text", TEXTS, ValueError, "The site text is not inside a text encoder; these are: text_encoder.layers.0"),
+        ("text_encoder.layers.7", TEXTS, KeyError, r"no site 'text_encoder.layers.7'; similar: text_encoder"),
+        ("text_encoder.layers.0", [*TEXTS, "tin " * 60], ValueError, "has 62 tokens with its special ones, the tok"),
+    ],
+)
+def test_what_a_pipeline_cannot_record_is_refused(site, texts, kind, message):
+    with pytest.raises(kind, match=message):
+        train_dictionary(tiny_pipeline("sd1"), site, texts, SMALL)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
