@@ -76,7 +76,9 @@ def test_the_threshold_parts_the_prompts_and_the_others_stay_bit_for_bit(seed, k
     flagged = scores >= gated.threshold
     assert torch.equal(gated(x)[flagged], always(x)[flagged])
     assert torch.equal(gated(x)[~flagged], x[~flagged])
-    assert 1 <= int(flagged.sum()) <= 6 and bool((gated(x)[flagged] != x[flagged]).any())
+    assert 1 <= int(flagged.sum()) <= 6
+    if gated.threshold > 0:  # where no prompt has the features and the error is kept, all scores are zero
+        assert bool((gated(x)[flagged] != x[flagged]).any())
 
 
 @given(seeds, kinds)
