@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,3 +77,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}.") from None
+
+
+# -- what settings must be -------------------------------------------------------------------------------------------
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """Raises ValueError that names the settings that are not positive and finite; None passes."""
+    values = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if wrong := [name for name, value in values.items() if not 0 < value < math.inf]:
+        raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+
+
+def require_not_negative(settings: object, *names: str) -> None:
+    """Raises ValueError that names the settings that are negative or not finite."""
+    if wrong := [name for name in names if not 0 <= getattr(settings, name) < math.inf]:
+        raise ValueError(f"{', '.join(wrong)} must be finite and not negative.")
+
+
+def require_templates(templates: Sequence[str]) -> None:
+    """Raises ValueError unless there are prompt forms, each with {} once."""
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ValueError(f"Each of the templates must contain {{}} once for the name, got {templates}.")

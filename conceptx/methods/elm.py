@@ -22,9 +22,9 @@ from conceptx.geometry import steer
 from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.progress import track
-from conceptx.settings import tunable
+from conceptx.settings import require_positive, tunable
 from conceptx.store import load_tensors, save_tensors
-from conceptx.train.loop import Plan, train
+from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.order import rows_of_step
 from conceptx.train.targets import Targets, cross_entropy
 
@@ -107,8 +107,7 @@ class ELM(Eraser):
     precision: Literal["no", "bf16"] = "no"
 
     def __post_init__(self) -> None:
-        if wrong := [name for name in POSITIVE if not 0 < getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+        require_positive(self, *POSITIVE)
         weights = (self.erase_weight, self.retain_weight, self.fluency_weight)
         if not (min(weights) >= 0 and 0 < max(weights) < math.inf):
             raise ValueError(
@@ -173,7 +172,7 @@ class ELM(Eraser):
             seed=seed,
             run=run,
             gradient_clip=self.gradient_clip,
-            checkpoint=None if folder is None else folder / "training.safetensors",
+            checkpoint=state_file(folder),
         )
 
     def _loss(self, begin: list[int], student: Any, part: tuple[Targets, float]) -> Tensor:

@@ -22,7 +22,8 @@ from conceptx.geometry import steer
 from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
 from conceptx.models.weights import Student, in_float32, weights_in_place
-from conceptx.train.loop import Plan, train
+from conceptx.settings import require_positive
+from conceptx.train.loop import Plan, state_file, train
 
 Variant = Literal["x", "u", "full", "x-strict"]
 Trajectory = Literal["edited", "frozen"]
@@ -113,10 +114,7 @@ class ESD(Eraser):
         for name, choices in (("variant", Variant), ("trajectory", Trajectory), ("phrases", Phrases)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
-        positive = ("sampling_steps", "rank", "steps", "batch_size", "learning_rate")
-        values = {name: value for name in positive if (value := getattr(self, name)) is not None}
-        if wrong := [name for name, value in values.items() if not 0 < value < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+        require_positive(self, "sampling_steps", "rank", "steps", "batch_size", "learning_rate")
         if not (math.isfinite(self.negative_guidance) and math.isfinite(self.guidance)):
             raise ValueError("negative_guidance and guidance must be finite.")
         if self.erase_from is not None and not self.erase_from.strip():
@@ -172,7 +170,7 @@ class ESD(Eraser):
             run=run,
             weight_decay=0.0,
             gradient_clip=0.0,
-            checkpoint=None if checkpoint is None else Path(checkpoint) / "training.safetensors",
+            checkpoint=state_file(checkpoint),
         )
 
     def _student(self, model: DiffusionModel, names: Sequence[str], seed: int) -> AbstractContextManager[Student]:

@@ -18,6 +18,7 @@ from conceptx.edit import Edit
 from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance
 from conceptx.geometry import AffineDictionary, FeatureMap, SparseDictionary
 from conceptx.models import DiffusionModel
+from conceptx.settings import require_templates
 
 Features = AffineDictionary | SparseDictionary
 NAMES, KEPT = ("name", "synonyms"), ("retain",)
@@ -71,8 +72,7 @@ class ItD(Eraser):
             raise ValueError(f"strength must be finite and not 1, which changes nothing, got {self.strength}.")
         if not 0 < self.margin <= 1:
             raise ValueError(f"margin must lie in (0, 1], got {self.margin}.")
-        if not self.templates or any(template.count("{}") != 1 for template in self.templates):
-            raise ValueError(f"Each of the templates must contain {{}} once for the name, got {self.templates}.")
+        require_templates(self.templates)
 
     def erase(
         self,

@@ -26,6 +26,7 @@ from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
 from conceptx.models.attention_maps import captured, cross_attentions
 from conceptx.models.text_moments import second_moments
 from conceptx.progress import track
+from conceptx.settings import require_not_negative, require_positive, require_templates
 from conceptx.store import load_tensors, save_tensors
 from conceptx.train.loop import Plan, train
 from conceptx.train.processes import one_process
@@ -114,14 +115,10 @@ class MACE(Eraser):
     def __post_init__(self) -> None:
         if self.tokens not in get_args(Tokens):
             raise ValueError(f"tokens must be one of {', '.join(get_args(Tokens))}, got {self.tokens!r}.")
-        if any(template.count("{}") != 1 for template in self.templates):
-            raise ValueError(f"Each of the templates must contain {{}} once for the name, got {self.templates}.")
-        positive = ("ridge", "sharpness", "images", "sampling_steps", "rank", "steps", "learning_rate")
-        if wrong := [name for name in positive if not 0 < getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
-        weights = ("refine_captions", "refine_names", "fuse_captions", "fuse_names")
-        if wrong := [name for name in weights if not 0 <= getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be finite and not negative.")
+        if self.templates:
+            require_templates(self.templates)
+        require_positive(self, "ridge", "sharpness", "images", "sampling_steps", "rank", "steps", "learning_rate")
+        require_not_negative(self, "refine_captions", "refine_names", "fuse_captions", "fuse_names")
         if not math.isfinite(self.guidance):
             raise ValueError("guidance must be finite.")
         if self.timesteps is not None and not self.timesteps[0] < self.timesteps[1]:
@@ -237,7 +234,7 @@ def aligned_rows(model: DiffusionModel, first: Prompts, second: Prompts) -> tupl
     """The rows (n, d) of the first prompts that have a counterpart in the second ones, and these counterparts."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for number, texts in enumerate(zip(first.texts, second.texts, strict=True)):
-        ids = [token_ids(model, text) for text in texts]
+        ids = [model.token_ids(text) for text in texts]
         places = aligned(ids[0], ids[1], first.states.shape[1])
         for side, prompts, rows in zip(found, (first, second), places, strict=True):
             side.append(to_working(prompts.states[number, rows]))
@@ -257,12 +254,6 @@ def aligned(first: Sequence[int], second: Sequence[int], length: int) -> tuple[l
     tail = length - max(starts)
     beginning = list(range(prefix))
     return beginning + list(range(starts[0], starts[0] + tail)), beginning + list(range(starts[1], starts[1] + tail))
-
-
-def token_ids(model: DiffusionModel, text: str) -> list[int]:
-    """With the beginning and the end, without padding."""
-    tokenizer = getattr(model.pipeline, model.architecture.tokenizer)
-    return tokenizer(model._converted(text, tokenizer)).input_ids
 
 
 # -- stage 2: where the model looks --------------------------------------------------------------------------------
@@ -322,11 +313,11 @@ class _Trainer:
 def suppressed_rows(model: DiffusionModel, prompt: str, name: str, tokens: Tokens) -> list[int]:
     """The places of the name in the prompt, and perhaps of the end-of-text tokens."""
     last = model.subject_end(prompt, name)
-    rows = list(range(last + 3 - len(token_ids(model, name)), last + 1))
+    rows = list(range(last + 3 - len(model.token_ids(name)), last + 1))
     if tokens == "name":
         return rows
     tokenizer = getattr(model.pipeline, model.architecture.tokenizer)
-    end = len(token_ids(model, prompt)) - 1
+    end = len(model.token_ids(prompt)) - 1
     padding = tokenizer.pad_token_id == tokenizer.eos_token_id
     return rows + list(range(end, tokenizer.model_max_length if padding else end + 1))
 

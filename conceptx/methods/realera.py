@@ -23,7 +23,8 @@ from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
 from conceptx.models.text_moments import second_moments
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows
-from conceptx.train.loop import Plan, train
+from conceptx.settings import require_not_negative, require_positive
+from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.processes import one_process
 
 Tokens = Literal["last", "last+rest"]
@@ -86,12 +87,8 @@ class RealEra(Eraser):
     def __post_init__(self) -> None:
         if self.tokens not in get_args(Tokens):
             raise ValueError(f"tokens must be one of {', '.join(get_args(Tokens))}, got {self.tokens!r}.")
-        positive = ("far_weight", "ridge", "rank", "batch_size", "learning_rate", "sampling_steps")
-        if wrong := [name for name in positive if not 0 < getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
-        weights = ("near", "far", "captions_weight", "steps", "keep_weight")
-        if wrong := [name for name in weights if not 0 <= getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be finite and not negative.")
+        require_positive(self, "far_weight", "ridge", "rank", "batch_size", "learning_rate", "sampling_steps")
+        require_not_negative(self, "near", "far", "captions_weight", "steps", "keep_weight")
         cosines = [*self.far_cosines, *self.near_cosines]
         if cosines != sorted(cosines) or not -1 <= cosines[0] <= cosines[-1] <= 1:
             raise ValueError(
@@ -155,7 +152,7 @@ class RealEra(Eraser):
         return held + self.captions_weight * second_moments(model, captions) / max(len(captions), 1)
 
     def _plan(self, run: str, seed: int, checkpoint: str | Path | None) -> Plan:
-        file = None if checkpoint is None else Path(checkpoint) / "training.safetensors"
+        file = state_file(checkpoint)
         return Plan(self.steps, self.learning_rate, seed, run, checkpoint=file)
 
     def _trained(self, model: DiffusionModel, asked: _Asked, plan: Plan) -> dict[str, LowRank]:

@@ -22,6 +22,7 @@ from conceptx.methods.uce import UCE
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import TokenRows
 from conceptx.progress import track
+from conceptx.settings import require_positive
 
 Regulariser = Literal["zero", "standard", "surrogate_outputs", "surrogate_rows", "surrogate_both"]
 Reference = Literal["current", "original"]
@@ -81,9 +82,7 @@ class RECE(Eraser):
         for name, choices in (("regulariser", Regulariser), ("tokens", RoundTokens), ("reference", Reference)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
-        weights = ("inversion_ridge", "retain_weight", "ridge")
-        if wrong := [name for name in weights if not 0 < getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+        require_positive(self, "inversion_ridge", "retain_weight", "ridge")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}.")
         if self.start.form != "replace":

@@ -20,8 +20,8 @@ from conceptx.eraser import Eraser, provenance, run_identity
 from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.models.passes import activations
 from conceptx.models.weights import Student, in_float32, weights_in_place
-from conceptx.settings import tunable
-from conceptx.train.loop import Plan, train
+from conceptx.settings import require_positive, tunable
+from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.order import rows_of_step
 
 logger = logging.getLogger("conceptx")
@@ -65,8 +65,7 @@ class RMU(Eraser):
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if wrong := [name for name in POSITIVE if not 0 < getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+        require_positive(self, *POSITIVE)
         if not 0 <= self.retain_weight < math.inf:
             raise ValueError(f"retain_weight must not be negative, got {self.retain_weight}.")
         if not 0 < self.trained <= self.layer + 1:
@@ -133,7 +132,7 @@ class RMU(Eraser):
             run=run,
             weight_decay=0.0,
             gradient_clip=0.0,
-            checkpoint=None if checkpoint is None else Path(checkpoint) / "training.safetensors",
+            checkpoint=state_file(checkpoint),
         )
 
 

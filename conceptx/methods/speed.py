@@ -22,6 +22,7 @@ from conceptx.methods.uce import UCE
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import EMPTY, TokenRows, Tokens
 from conceptx.progress import track
+from conceptx.settings import require_positive
 
 Projections = Literal["values", "keys", "both"]
 ENDS = {"values": ("to_v",), "keys": ("to_k",), "both": ("to_k", "to_v")}
@@ -85,8 +86,7 @@ class SPEED(Eraser):
         for name, choices in (("projections", Projections), ("tokens", Tokens)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
-        if wrong := [name for name in ("null_threshold", "ridge") if not 0 < getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
+        require_positive(self, "null_threshold", "ridge")
         if wrong := [name for name in ("equality_slack", "filter_scale") if not 0 <= getattr(self, name) < math.inf]:
             raise ValueError(f"{', '.join(wrong)} must be zero or positive, and finite.")
         least = {"augmentations": 0, "directions": 1, "centroids": 1}

@@ -23,7 +23,8 @@ from conceptx.models.text_moments import second_moments
 from conceptx.models.token_rows import TokenRows
 from conceptx.models.weights import Student, in_float32, weights_in_place
 from conceptx.progress import report
-from conceptx.train.loop import Plan, train
+from conceptx.settings import require_not_negative, require_positive, require_templates
+from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.processes import one_process
 
 Pair = tuple[str, str]  # a prompt of the concept and the safe prompt in its place
@@ -98,18 +99,13 @@ class TRCE(Eraser):
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "keep_batch", "sampling_steps", "trajectories", "unconditional")
-        positive = (*counts, "retain_weight", "ridge", "learning_rate")
-        if wrong := [name for name in positive if not 0 < getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
-        not_negative = ("steps", "margin", "keep_weight")
-        if wrong := [name for name in not_negative if not 0 <= getattr(self, name) < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be finite and not negative.")
+        require_positive(self, *counts, "retain_weight", "ridge", "learning_rate")
+        require_not_negative(self, "steps", "margin", "keep_weight")
         if not (math.isfinite(self.push) and math.isfinite(self.guidance)):
             raise ValueError("push and guidance must be finite.")
         if not 0 <= self.early <= 1:
             raise ValueError(f"early is a share of the sampling steps, in 0..1, got {self.early}.")
-        if not self.templates or any(template.count("{}") != 1 for template in self.templates):
-            raise ValueError(f"Each of the templates must contain {{}} once for the name, got {self.templates}.")
+        require_templates(self.templates)
 
     def erase(
         self,
@@ -184,7 +180,7 @@ class TRCE(Eraser):
             seed=seed,
             run=run,
             gradient_clip=0.0,
-            checkpoint=None if checkpoint is None else Path(checkpoint) / "training.safetensors",
+            checkpoint=state_file(checkpoint),
         )
 
 

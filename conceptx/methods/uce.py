@@ -20,6 +20,7 @@ from conceptx.geometry.arrays import to_working
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows, Tokens
 from conceptx.progress import report
+from conceptx.settings import require_positive, require_templates
 
 if TYPE_CHECKING:
     from conceptx.methods.ledger import Ledger
@@ -81,11 +82,8 @@ class UCE(Eraser):
         for name, choices in (("form", Form), ("tokens", Tokens), ("retain_tokens", RetainTokens)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
-        weights = {"erase_weight": self.erase_weight, "retain_weight": self.retain_weight, "ridge": self.ridge}
-        if wrong := [name for name, weight in weights.items() if weight is not None and not 0 < weight < math.inf]:
-            raise ValueError(f"{', '.join(wrong)} must be positive and finite.")
-        if not self.templates or any(template.count("{}") != 1 for template in self.templates):
-            raise ValueError(f"Each of the templates must contain {{}} once for the name, got {self.templates}.")
+        require_positive(self, "erase_weight", "retain_weight", "ridge")
+        require_templates(self.templates)
         if (self.form == "debias") != bool(self.attributes):
             raise ValueError(f"The debias form, and no other, needs attributes; the form is {self.form!r}.")
 

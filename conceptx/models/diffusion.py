@@ -386,6 +386,11 @@ class DiffusionModel:
         convert = getattr(self.pipeline, "maybe_convert_prompt", None)
         return convert(prompt, tokenizer) if convert else prompt
 
+    def token_ids(self, prompt: str) -> list[int]:
+        """The tokens by which rows are counted, with the special ones, without padding."""
+        tokenizer = getattr(self.pipeline, self.architecture.tokenizer)
+        return tokenizer(self._converted(prompt, tokenizer)).input_ids
+
     def subject_end(self, prompt: str, name: str) -> int:
         """The row of the last token of `name` in the prompt (of its last mention).
 

@@ -20,6 +20,11 @@ logger = logging.getLogger("conceptx")
 Part = TypeVar("Part")
 
 
+def state_file(folder: str | Path | None) -> Path | None:
+    """Where a training keeps its state in its checkpoint folder; None without one."""
+    return None if folder is None else Path(folder) / "training.safetensors"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How to optimise. A step's data must be a function of its number alone, so that a resumed run is the same run.
