@@ -27,6 +27,8 @@ def _png(name: str) -> str:
     return name
 
 
+# Fields that may stand in JSONL files -> what a line has.
+IN_FILES = {"texts": ("text",), "retain_texts": ("text",), "pairs": ("with", "without")}
 Text = Annotated[str, AfterValidator(_no_blank)]
 Picture = Annotated[str, AfterValidator(_png)]
 
@@ -48,6 +50,7 @@ class Concept(BaseModel):
     description:  a noun phrase that says what belongs to it; persona prompts use it (default: the name).
     synonyms:     other names of the same thing.
     prompts:      short prompts that call it up.
+    pairs:        prompts that call it up, each with the same prompt without it: (with, without) (EAR).
     texts:        texts about it (the forget corpus).
     anchor:       what to show or say instead.
     retain:       names of what must be kept.
@@ -69,6 +72,7 @@ class Concept(BaseModel):
     description: str = ""
     synonyms: tuple[Text, ...] = ()
     prompts: tuple[Text, ...] = ()
+    pairs: tuple[tuple[Text, Text], ...] = ()
     texts: tuple[Text, ...] = ()
     anchor: str | None = None
     retain: tuple[Text, ...] = ()
@@ -90,6 +94,8 @@ class Concept(BaseModel):
         mine = {name.casefold() for name in (self.name, *self.synonyms)}
         if clash := sorted(name for name in self.retain if name.casefold() in mine):
             raise ValueError(f"retain contains the concept itself: {clash}")
+        if clash := [first for first, second in self.pairs if first == second]:
+            raise ValueError(f"a pair has the same prompt twice: {clash[0]!r}")
         if clash := sorted(set(self.texts) & set(self.retain_texts)):
             raise ValueError(f"{len(clash)} texts are in texts and in retain_texts, the first is {clash[0][:60]!r}")
         if len(self.classes) == 1:
@@ -110,8 +116,8 @@ class Concept(BaseModel):
         """Read a concept from a TOML file.
 
         Corpora may stand in JSONL files beside it, one {"text": ...} a line: `texts_file = "corpora/forget.jsonl"`
-        and `retain_texts_file`. `images` and `masks` hold paths from that folder on. A path that leaves the file's
-        folder is refused.
+        and `retain_texts_file`; pairs too, one {"with": ..., "without": ...} a line: `pairs_file`. `images` and `masks`
+        hold paths from that folder on. A path that leaves the file's folder is refused.
 
         Raises FileNotFoundError when a file is missing, ValueError when it is not TOML or not a concept.
         """
@@ -122,11 +128,11 @@ class Concept(BaseModel):
             fields = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a TOML file: {error}.") from None
-        for key in ("texts", "retain_texts"):
+        for key, keys in IN_FILES.items():
             if (name := fields.pop(f"{key}_file", None)) is not None:
                 if not isinstance(mine := fields.get(key, []), list):
-                    raise ValueError(f"{path}: {key} must be a list of texts, got {mine!r}.")
-                fields[key] = [*mine, *_read_texts(path.parent, name)]
+                    raise ValueError(f"{path}: {key} must be a list, got {mine!r}.")
+                fields[key] = [*mine, *_read_lines(path.parent, name, keys)]
         for key in {"images", "masks"} & fields.keys():
             if not isinstance(names := fields[key], list):
                 raise ValueError(f"{path}: {key} must be a list of files, got {names!r}.")
@@ -186,21 +192,25 @@ def _inside(folder: Path, name: object, what: str) -> Path:
     return path
 
 
-def _read_texts(folder: Path, name: object) -> list[str]:
+def _read_lines(folder: Path, name: object, keys: tuple[str, ...]) -> list[Any]:
+    """Of each line of a JSONL file what it has under the keys: one text, or several."""
     path = _inside(folder, name, "corpus file")
     try:
         with path.open(encoding="utf-8") as file:
             lines = list(file)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 file: {error}.") from None
-    return [_read_text(line, path, number) for number, line in enumerate(lines, 1)]
+    return [_read_line(line, path, number, keys) for number, line in enumerate(lines, 1)]
 
 
-def _read_text(line: str, path: Path, number: int) -> str:
+def _read_line(line: str, path: Path, number: int, keys: tuple[str, ...]) -> Any:
     try:
-        return json.loads(line)["text"]
+        row = json.loads(line)
+        found = [row[key] for key in keys]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f'{path}, line {number}: expected {{"text": ...}}, got {line.strip()[:60]!r}.') from None
+        wanted = ", ".join(f'"{key}": ...' for key in keys)
+        raise ValueError(f"{path}, line {number}: expected {{{wanted}}}, got {line.strip()[:60]!r}.") from None
+    return found[0] if len(found) == 1 else found
 
 
 def _explain(error: ValidationError, name: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from conceptx.concept import Concept
 from conceptx.edit import Edit
 from conceptx.geometry import Array, ConceptMap, Subspace
-from conceptx.models import LanguageModel, Model
+from conceptx.models import Decoder, Model
 from conceptx.progress import track
 from conceptx.settings import build
 
@@ -63,7 +63,12 @@ class VectorEraser(Eraser):
 
     @final
     def erase(
-        self, model: LanguageModel, concept: Concept, *, sites: Sequence[str] | None = None, seed: int = 0
+        self,
+        model: Decoder,
+        concept: Concept,
+        *,
+        sites: Sequence[str] | None = None,
+        seed: int = 0,
     ) -> Edit:
         """An edit of activation maps, one for each site, fitted in the order of the layers.
 
@@ -99,14 +104,14 @@ def labelled_texts(concept: Concept) -> tuple[list[str], list[int]]:
     return list(chain.from_iterable(groups)), labels
 
 
-def labelled_states(model: LanguageModel, texts: list[str], labels: list[int], site: str) -> tuple[Tensor, Tensor]:
+def labelled_states(model: Decoder, texts: list[str], labels: list[int], site: str) -> tuple[Tensor, Tensor]:
     """The activations (tokens, d) of all texts at a site, in float32, and the label of each token's text."""
     states = torch.cat([found[site].float().cpu() for found in model.record(texts, [site])])
-    lengths = torch.tensor([len(row) for row in model.encode(texts)])
+    lengths = torch.tensor(model.lengths(texts, site))
     return states, torch.tensor(labels).repeat_interleave(lengths)
 
 
-def ordered_sites(model: LanguageModel, sites: Sequence[str] | None) -> list[str]:
+def ordered_sites(model: Decoder, sites: Sequence[str] | None) -> list[str]:
     """The sites in the order in which activations pass them."""
     if sites is None:
         return [name for name in model.sites if name.endswith(("attention_input", "mlp_input"))]

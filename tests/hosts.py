@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from conceptx.models import DiffusionModel, LanguageModel, Model, wrap
+from conceptx.models import ARImageModel, DiffusionModel, LanguageModel, Model, wrap
 
 # Texts of two unlike kinds: they train the tokenizer and serve as forget and retain corpora.
 METALS = [
@@ -350,13 +350,50 @@ def noise(model: DiffusionModel, prompts: list[str]) -> torch.Tensor:
         return torch.stack([model.predict(latents, time, encoded) for time in (100, 600)])
 
 
-# -- of either sort ----------------------------------------------------------------------------------------------------
+# -- a model that draws token by token ---------------------------------------------------------------------------------
+
+
+JANUS = "janus"
+
+
+@cache
+def _janus(seed: int) -> tuple[Any, Any]:
+    """The testbed's own architecture with random weights; its decoder writes more, so that the prompt matters."""
+    from conceptx.testbeds.janus import networks
+
+    tokens = networks.build_tokenizer()
+    tokens.model_max_length = 128  # the texts here are longer than captions
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = networks.build_model(tokens)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ("language_model" in name or "generation_" in name):
+            parameter.data *= 4
+    return model, networks.build_processor(tokens)
+
+
+def tiny_janus(dtype: torch.dtype = torch.float32, seed: int = 0) -> ARImageModel:
+    """A fresh wrapped Janus of random weights; with the same arguments always the same ones."""
+    module, processor = _janus(seed)
+    return wrap(copy.deepcopy(module).to(dtype), processor)
+
+
+@torch.no_grad()
+def scores(model: ARImageModel, prompts: list[str]) -> torch.Tensor:
+    """The scores of image tokens after a few fixed ones, for each prompt (alone: padding would round differently)."""
+    tokens = torch.arange(0, 60, 5)[None]
+    return torch.cat([model.logits(model.predict(model.prompts([text]), tokens)) for text in prompts])
+
+
+# -- of any sort ----------------------------------------------------------------------------------------------------
 
 
 def host(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
-    """A fresh language model or pipeline, by its kind."""
+    """A fresh language model, pipeline or Janus, by its kind."""
     if kind in KINDS:
         return tiny(kind, dtype, seed)
+    if kind == JANUS:
+        return tiny_janus(dtype, seed)
     model = tiny_pipeline(kind, seed)
     if dtype != torch.float32:
         model.pipeline.to(dtype)
@@ -364,5 +401,7 @@ def host(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
 
 
 def said(model: Model) -> torch.Tensor:
-    """What a model makes of a few texts: the logits, or the predicted noise."""
+    """What a model makes of a few texts: the logits, the predicted noise, or the scores of image tokens."""
+    if isinstance(model, ARImageModel):
+        return scores(model, METALS[:2])
     return logits(model) if isinstance(model, LanguageModel) else noise(model, METALS[:2])

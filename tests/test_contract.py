@@ -9,7 +9,21 @@ from functools import cache
 
 import pytest
 import torch
-from hosts import ALL, GARDEN, METALS, PIPELINES, host, said, same, state, tiny, tiny_pipeline
+from hosts import (
+    ALL,
+    GARDEN,
+    JANUS,
+    METALS,
+    PIPELINES,
+    host,
+    said,
+    same,
+    scores,
+    state,
+    tiny,
+    tiny_janus,
+    tiny_pipeline,
+)
 from methods.dictionaries import dictionary_of_tokens
 
 from conceptx import Concept, Edit, methods
@@ -21,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The personas do not tell")  # a 
 CONCEPT = Concept("metals", texts=METALS, retain_texts=GARDEN, anchor="bread", retain=("bird", "cat"))
 # What makes a method quick on a tiny model; everything else as published.
 QUICK = {
+    "EAR": {"layers": (0, 2), "window": 32, "threshold": 0.0, "learning_rate": 1e-3},
     "ELM": {
         "layers": (0, 3), "steps": 40, "batch_size": 6, "learning_rate": 3e-3, "eta": 20.0, "dropout": 0.0,
         "fluency_weight": 0.0, "max_tokens": 24,
@@ -56,7 +71,7 @@ def methods_on(host_name):
     return sorted(row.name for row in capabilities() if host_name in row.hosts)
 
 
-TEXT, IMAGE, VECTOR = map(methods_on, ("LanguageModel", "DiffusionModel", "vectors"))
+TEXT, IMAGE, DRAWN, VECTOR = map(methods_on, ("LanguageModel", "DiffusionModel", "ARImageModel", "vectors"))
 TWO, TWO_PIPELINES = ["llama", "gpt2"], ["sd1", "sdxl"]
 # Where a published method has no meaning: (kind of model, method) -> what it says.
 REFUSED = {
@@ -72,7 +87,8 @@ on_two = pytest.mark.parametrize("kind", TWO)
 
 def pairs(kinds, pipelines):
     """Every method on these kinds of the models that it accepts."""
-    every = [(k, n) for names, on in ((TEXT, kinds), (IMAGE, pipelines)) for n in names for k in on]
+    accepted = ((TEXT, kinds), (IMAGE, pipelines), (DRAWN, [JANUS]))
+    every = [(k, n) for names, on in accepted for n in names for k in on]
     every = [pair for pair in every if pair not in REFUSED]
     return pytest.mark.parametrize("kind,name", every)
 
@@ -106,7 +122,7 @@ def tensors(edit):
 
 def test_the_capability_table_names_every_method():
     assert [row.name for row in capabilities()] == methods.__all__
-    assert {*TEXT, *IMAGE, *VECTOR} == set(methods.__all__) and TEXT and IMAGE and VECTOR
+    assert {*TEXT, *IMAGE, *DRAWN, *VECTOR} == set(methods.__all__) and TEXT and IMAGE and DRAWN and VECTOR
 
 
 @pytest.mark.parametrize("name", methods.__all__)
@@ -223,6 +239,19 @@ def test_7_the_target_moves_more_than_the_retained(kind, name):
     assert moved(lambda model: model.encode([CONCEPT.name])) > factor * moved(retained)
 
 
+# On random weights, squares of scores. UCE holds the retained names; EAR retains nothing, but turns its own prompts.
+@pytest.mark.parametrize("name,factor", [("EAR", 1.1), ("UCE", 10)])
+def test_7_the_target_moves_more_than_the_retained_token_by_token(name, factor):
+    model = tiny_janus()
+
+    def moved(prompt):
+        before = scores(model, [prompt])
+        with edit_for(name, JANUS, fewer=False).applied(model):
+            return (scores(model, [prompt]) - before).square().mean()
+
+    assert moved(CONCEPT.name) > factor * moved(CONCEPT.retain[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_on_two
 def test_8_no_nan_in_either_precision(kind, dtype, name):
@@ -251,6 +280,10 @@ WRONG = {
         for concept in (Concept("metals"), Concept("metals", texts=METALS), Concept("metals", retain_texts=GARDEN))
     ],
     "DiffusionModel": [([], "No concept was given"), (Concept("gold " * 40), "has 42 tokens .* keeps 24")],
+    "ARImageModel": [
+        ([], "No concept was given"),
+        (Concept("gold " * 99, anchor="tin"), r"has \d+ tokens, .* reads 128"),
+    ],
 }
 
 
@@ -276,7 +309,7 @@ def test_10_where_a_method_has_no_meaning_it_says_so(kind, name):
 def test_10_a_wrong_input_is_one_clear_error_before_anything_changes(kind, name):
     model, other = host(kind), host(kind, seed=1)
     before = state(model)
-    for concept, message in WRONG[type(model).__name__]:
+    for concept, message in WRONG["LanguageModel" if name in VECTOR else type(model).__name__]:
         with refused(message):
             method(name).erase(model, concept)
     with refused("made for another model"):

@@ -142,7 +142,7 @@ CASES = {
         lambda w: w.concept('name = "x"\ntexts_file = "a.jsonl"', a=b"\xff"), ValueError, "not a UTF-8 file"),
     "corpus: beside a text for a list": (
         lambda w: w.concept('name = "x"\ntexts = "abc"\ntexts_file = "a.jsonl"', a='{"text": "ok"}'),
-        ValueError, "texts must be a list of texts, got 'abc'"),
+        ValueError, "texts must be a list, got 'abc'"),
     # vectors and labels
     "X: one dimension": (lambda w: LEACE().fit(X[:, 0], Z), ValueError, r"non-empty matrix .*\(12,\)"),
     "X: empty": (lambda w: LEACE().fit(X[:0], Z[:0]), ValueError, r"non-empty matrix .*\(0, 4\)"),
@@ -299,7 +299,7 @@ CASES = {
     "settings: ESD rank 0": (lambda w: ESD.from_settings({"rank": 0}), ValueError, "^ESD: rank must be positive"),
     "settings: not positive": (lambda w: ELM.from_settings({"rank": 0}), ValueError, "ELM: rank must be positive"),
     "command: unknown method": (lambda w: command(w, method="lace"),
-        ValueError, "Unknown method 'lace'; available: budgeted, directional_ablation, elm"),
+        ValueError, "Unknown method 'lace'; available: budgeted, directional_ablation, ear, elm"),
     "command: unknown dtype": (lambda w: command(w, dtype="int8"),
         ValueError, "Unknown dtype 'int8'; available: float32"),
     "command: unknown model folder": (lambda w: command(w, model="./no"), FileNotFoundError, "no model folder ./no"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from conceptx.models.diffusion import DiffusionModel
+    from conceptx.models import ImageModel
     from conceptx.models.language import LanguageModel
 
 
@@ -62,14 +62,14 @@ class Goal:
 class Found(Protocol):
     """The result of a search: frozen, and independent of the model it was made on."""
 
-    def generate(self, model: DiffusionModel, *, seeds: Sequence[int], **options: Any) -> Tensor:
-        """Pictures (n, 3, h, w) in [0, 1], one for each seed; options as `DiffusionModel.generate` has them."""
+    def generate(self, model: ImageModel, *, seeds: Sequence[int], **options: Any) -> Tensor:
+        """Pictures (n, 3, h, w) in [0, 1], one for each seed; options as the model's `generate` has them."""
 
 
 class Attack(Protocol):
     """A frozen dataclass of settings. A search sees the model as it is, edits in force included, and leaves it so."""
 
-    def search(self, model: DiffusionModel, goal: Goal, *, seed: int = 0) -> Found: ...
+    def search(self, model: ImageModel, goal: Goal, *, seed: int = 0) -> Found: ...
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from conceptx.models.modes import evaluating
 from conceptx.train.loop import Plan, train
 
 if TYPE_CHECKING:
+    from conceptx.models import ImageModel
     from conceptx.models.diffusion import DiffusionModel
 
 STAND_INS = ("q", "z", "x", "j", "w", "v")  # words whose embedding the learnt one replaces in its own prompts
@@ -61,14 +62,15 @@ class TextualInversion:
         if wrong := [template for template in self.templates or ("",) if template.count("{}") != 1]:
             raise ValueError(f"A template has {{}} once, for the new word; got {wrong[0]!r}.")
 
-    def search(self, model: DiffusionModel, goal: Goal, *, seed: int = 0) -> LearntToken:
+    def search(self, model: ImageModel, goal: Goal, *, seed: int = 0) -> LearntToken:
         """The embedding learnt on the model as it is, edits in force included. The model is left bit-identical.
 
-        Raises ValueError when the goal has no pictures, when they are not of the model's size, or when a prompt is too
-        long.
+        Raises ValueError for a model that is no pipeline of diffusers, when the goal has no pictures, when they are not
+        of the model's size, or when a prompt is too long.
         """
         from accelerate import Accelerator
 
+        model = _pipeline(model)
         latents = _latents(model, goal)
         word = _stand_in(model, self.templates)
         student = _Token(_starts(model, word, self.initial))
@@ -104,6 +106,14 @@ class TextualInversion:
         loss = noise_loss(model, clean, texts, {word: student.rows})
         losses.append(float(loss.detach()))
         return loss
+
+
+def _pipeline(model: ImageModel) -> DiffusionModel:
+    from conceptx.models import DiffusionModel
+
+    if not isinstance(model, DiffusionModel):
+        raise ValueError(f"Textual inversion acts on a DiffusionModel, got a {type(model).__name__}.")
+    return model
 
 
 def noise_loss(

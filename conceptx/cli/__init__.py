@@ -5,6 +5,7 @@ from conceptx.cli.checkpoints import fold
 from conceptx.cli.dictionaries import train
 from conceptx.cli.edits import demo, erase, features, methods
 from conceptx.cli.frame import app, main
+from conceptx.cli.pairs import pairs
 from conceptx.cli.scores import attack, evaluate
 from conceptx.cli.studies import compare, report, tune
 
@@ -20,6 +21,7 @@ __all__ = [
     "fold",
     "main",
     "methods",
+    "pairs",
     "report",
     "train",
     "tune",

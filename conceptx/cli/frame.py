@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="conceptx",
     help="Remove a concept from the model you already have.\n\n"
-    "A model is a local folder or a hub name (a transformers language model or a diffusers text-to-image pipeline), "
-    "[bold]smollm2[/bold], which an installed package brings, or [bold]testbed:emoji[/bold], which comes with it.",
+    "A model is a local folder or a hub name (a transformers language model, a diffusers text-to-image pipeline, or a "
+    "Janus), [bold]smollm2[/bold], which an installed package brings, or [bold]testbed:emoji[/bold] or "
+    "[bold]testbed:janus[/bold], which come with it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub name, smollm2 or testbed:emoji.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Local folder, hub name, smollm2, testbed:emoji or testbed:janus.")
+]
 DTypeName = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto (as in the checkpoint).")]
 Recipe = Annotated[Path | None, typer.Option(help="TOML file with settings of the method.")]
 Settings = Annotated[

@@ -12,7 +12,7 @@ from conceptx.cli.frame import Attacks, Device, DTypeName, ModelName, app, attac
 if TYPE_CHECKING:
     from conceptx.edit import Edit
     from conceptx.evaluation.report import Report
-    from conceptx.models import DiffusionModel
+    from conceptx.models import ImageModel
 
 
 @app.command()
@@ -50,7 +50,7 @@ def evaluate(
     from conceptx.edit import Edit
     from conceptx.evaluation.benchmark import Benchmark
     from conceptx.evaluation.lm_eval import evaluate as score
-    from conceptx.models import DiffusionModel
+    from conceptx.models import ImageModel
     from conceptx.progress import shown
 
     change = None if edit is None else Edit.load(edit)
@@ -64,7 +64,7 @@ def evaluate(
     what = None if concept is None else Concept.load(concept)
     host = load_model(model, dtype, device)
     with shown():
-        if isinstance(host, DiffusionModel):
+        if isinstance(host, ImageModel):
             report = _score_images(model, host, benchmark, what, change, attack, picture)
         elif benchmark is not None and what is not None:
             report = Benchmark.load(benchmark).run(host, what, edit=change, half=half, limit=limit)
@@ -137,7 +137,7 @@ def attack(
 
 def _score_images(
     name: str,
-    model: DiffusionModel,
+    model: ImageModel,
     benchmark: Path | None,
     concept: Any,
     edit: Edit | None,
@@ -150,10 +150,12 @@ def _score_images(
     from conceptx.evaluation.image_benchmark import ImageBenchmark
     from conceptx.evaluation.images import evaluate_images
     from conceptx.settings import build, read_recipe
-    from conceptx.testbeds import emoji
+    from conceptx.testbeds import emoji, janus
 
-    if name != emoji.NAME:
-        raise ValueError(f"The command line knows judges for {emoji.NAME} only; see docs/image-benchmarks.md.")
+    if name not in (emoji.NAME, janus.NAME):
+        raise ValueError(
+            f"The command line knows judges for {emoji.NAME} and {janus.NAME} only; see docs/image-benchmarks.md."
+        )
     if benchmark is None:
         raise ValueError("An image model is scored with --benchmark and --concept.")
     suite = ImageBenchmark.load(benchmark)
@@ -164,5 +166,5 @@ def _score_images(
     if picture is not None:
         prompts = suite.samples([concept])
         columns = {} if edit is None else {edit.provenance[0]["method"]: edit}
-        contact_sheet(picture, model, columns, prompts, steps=suite.steps, guidance=suite.guidance)
+        contact_sheet(picture, model, columns, prompts, **suite.sampler)
     return report

@@ -20,7 +20,7 @@ from torch import Tensor
 from conceptx.dictionaries.files import imported_sae_lens, save_dictionary, sparse_dictionary
 from conceptx.dictionaries.states import lengths_of, recorded
 from conceptx.geometry import SparseDictionary, reconstruction
-from conceptx.models import LanguageModel, Model
+from conceptx.models import DiffusionModel, Model
 from conceptx.progress import report
 from conceptx.store import load_tensors, save_tensors
 
@@ -331,5 +331,5 @@ def _provenance(model: Model, site: str, settings: SAETraining, seed: int) -> di
 
 def _config(model: Model, site: str) -> Any:
     """Of the model, or of the text encoder of a pipeline that the site lies in."""
-    owner = model.module if isinstance(model, LanguageModel) else getattr(model.pipeline, site.partition(".")[0])
+    owner = getattr(model.pipeline, site.partition(".")[0]) if isinstance(model, DiffusionModel) else model.module
     return owner.config

@@ -13,7 +13,7 @@ from conceptx.edit import Edit
 from conceptx.store import write_atomically
 
 if TYPE_CHECKING:
-    from conceptx.models.diffusion import DiffusionModel
+    from conceptx.models import ImageModel
 
 GAP = 2  # pixels between pictures
 LETTERS = 12  # height of the labels in pixels
@@ -22,7 +22,7 @@ SMALLEST = 64  # smaller pictures are enlarged to at least this
 
 def contact_sheet(
     path: str | Path,
-    model: DiffusionModel,
+    model: ImageModel,
     edits: Mapping[str, Edit],
     prompts: Sequence[str],
     *,
@@ -32,7 +32,7 @@ def contact_sheet(
 ) -> Path:
     """Draw each prompt without an edit and with each of them, from the same seed in a row; returns the PNG's path.
 
-    edits: what to write above a column -> the edit.  options: as `DiffusionModel.generate` has them.
+    edits: what to write above a column -> the edit.  options: as the model's `generate` has them.
     Raises ValueError when an edit is in force on the model or a column would be called `before`.
     """
     model.require_unedited()

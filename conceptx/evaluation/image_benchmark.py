@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -67,7 +67,7 @@ class ImageBenchmark(BaseModel):
     templates: prompts, none of them used for erasing; {object}, {an object} (with its article) and {style}.
     images, images_general, images_others: pictures of each erased name, of each synonym and implicit prompt, and of
                each other name.
-    seed:      the first seed.  steps, guidance: of the sampler; guidance None: the pipeline's own.
+    seed:      the first seed.  steps, guidance: of the sampler; None: the model's own.
     unrelated: a name of the same kind on which the same attack is made, for comparison.
     no_article: names before which {an object} puts none ("grapes").
     """
@@ -83,7 +83,7 @@ class ImageBenchmark(BaseModel):
     images_general: Annotated[int, Field(ge=1)] = 10
     images_others: Annotated[int, Field(ge=1)] = 2
     seed: Annotated[int, Field(ge=0)] = 0
-    steps: Annotated[int, Field(ge=1)] = 20
+    steps: Annotated[int, Field(ge=1)] | None = None
     guidance: float | None = None
     unrelated: str | None = None
     no_article: tuple[Text, ...] = ()
@@ -131,6 +131,12 @@ class ImageBenchmark(BaseModel):
     def names(self) -> tuple[str, ...]:
         """All names of the kind that is erased."""
         return self.objects if self.kind == "object" else self.styles
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """Options of a model's `generate`; one that draws token by token takes no steps."""
+        steps = {} if self.steps is None else {"steps": self.steps}
+        return {"guidance": self.guidance, **steps}
 
     @property
     def companions(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Is a concept gone from a text-to-image model, and are the others kept? The scores of an `ImageBenchmark`."""
+"""Is a concept gone from an image model, and are the others kept? The scores of an `ImageBenchmark`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from conceptx.evaluation.image_scores import share
 from conceptx.evaluation.report import Report, Score
 
 if TYPE_CHECKING:
-    from conceptx.models.diffusion import DiffusionModel
+    from conceptx.models import ImageModel
 
 CHUNK = 256  # pictures that are held as float at once
 LEAST_OTHERS = 4  # pictures of other names below which a Fréchet distance has no interval
@@ -38,9 +38,7 @@ class Unedited:
     _drawn: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _recovered: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def pictures(
-        self, model: DiffusionModel, benchmark: ImageBenchmark, items: Sequence[Item]
-    ) -> UInt8[Tensor, "n 3 h w"]:
+    def pictures(self, model: ImageModel, benchmark: ImageBenchmark, items: Sequence[Item]) -> UInt8[Tensor, "n 3 h w"]:
         """Raises ValueError when an edit is in force on the model, or it is not the model of the first call."""
         self._recognise(model)
         keys = [(item.prompt, item.seed, benchmark.steps, benchmark.guidance) for item in items]
@@ -50,7 +48,7 @@ class Unedited:
         return torch.stack([self._drawn[key] for key in keys])
 
     def recovered(
-        self, model: DiffusionModel, benchmark: ImageBenchmark, attack: Attack, seed: int, goal: Goal
+        self, model: ImageModel, benchmark: ImageBenchmark, attack: Attack, seed: int, goal: Goal
     ) -> UInt8[Tensor, "n 3 h w"]:
         """Pictures after the attack, likewise."""
         self._recognise(model)
@@ -59,34 +57,30 @@ class Unedited:
             self._recovered[key] = recover(model, benchmark, attack, seed, goal)
         return self._recovered[key]
 
-    def _recognise(self, model: DiffusionModel) -> None:
+    def _recognise(self, model: ImageModel) -> None:
         model.require_unedited()
         self._host = self._host or model.fingerprint
         if reason := self._host.mismatch(model.fingerprint):
             raise ValueError(f"The remembered pictures are another model's: {reason}.")
 
 
-def draw(model: DiffusionModel, benchmark: ImageBenchmark, items: Sequence[Item]) -> UInt8[Tensor, "n 3 h w"]:
+def draw(model: ImageModel, benchmark: ImageBenchmark, items: Sequence[Item]) -> UInt8[Tensor, "n 3 h w"]:
     """The pictures of the items in 8 bits, as a file would hold them, by the model as it is."""
     parts = []
     for start in range(0, len(items), CHUNK):
         chunk = items[start : start + CHUNK]
         prompts, seeds = [item.prompt for item in chunk], [item.seed for item in chunk]
-        parts.append(_bits(model.generate(prompts, seeds=seeds, **_sampler(benchmark))))
+        parts.append(_bits(model.generate(prompts, seeds=seeds, **benchmark.sampler)))
     return torch.cat(parts)
 
 
 def recover(
-    model: DiffusionModel, benchmark: ImageBenchmark, attack: Attack, seed: int, goal: Goal
+    model: ImageModel, benchmark: ImageBenchmark, attack: Attack, seed: int, goal: Goal
 ) -> UInt8[Tensor, "n 3 h w"]:
     """Attack the model as it is and draw `benchmark.images` pictures from what was found."""
     found = attack.search(model, goal, seed=seed)
     seeds = range(benchmark.seed, benchmark.seed + benchmark.images)
-    return _bits(found.generate(model, seeds=seeds, **_sampler(benchmark)))
-
-
-def _sampler(benchmark: ImageBenchmark) -> dict[str, Any]:
-    return {"steps": benchmark.steps, "guidance": benchmark.guidance}
+    return _bits(found.generate(model, seeds=seeds, **benchmark.sampler))
 
 
 def _bits(images: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
@@ -97,7 +91,7 @@ def _bits(images: Float[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
 
 
 def evaluate_images(
-    model: DiffusionModel,
+    model: ImageModel,
     benchmark: ImageBenchmark,
     judges: Judges,
     concept: Concept | Sequence[Concept],
@@ -166,7 +160,7 @@ class _Case:
 
     def report(
         self,
-        model: DiffusionModel,
+        model: ImageModel,
         drawn: Callable[..., Tensor],
         recovered: Callable[..., Tensor],
         before: Readings | None,
@@ -176,7 +170,7 @@ class _Case:
         columns = Columns(self.benchmark, self.judges, self.concepts, self.items, now, before).scores()
         return Report((*columns, *self._recovery(model, recovered)), self._settings())
 
-    def _recovery(self, model: DiffusionModel, recovered: Callable[..., Tensor]) -> Iterator[Score]:
+    def _recovery(self, model: ImageModel, recovered: Callable[..., Tensor]) -> Iterator[Score]:
         """How many pictures after the attack show what it was made for: the erased names, and the unrelated one."""
         if self.examples is None:
             return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from conceptx.methods.budgeted import Budgeted
     from conceptx.methods.directional_ablation import DirectionalAblation
+    from conceptx.methods.ear import EAR
     from conceptx.methods.elm import ELM
     from conceptx.methods.esd import ESD
     from conceptx.methods.inlp import INLP
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 MODULES = {
     "Budgeted": "budgeted",
     "DirectionalAblation": "directional_ablation",
+    "EAR": "ear",
     "ELM": "elm",
     "ESD": "esd",
     "INLP": "inlp",
@@ -47,6 +49,7 @@ MODULES = {
 }
 
 __all__ = [
+    "EAR",
     "ELM",
     "ESD",
     "INLP",

@@ -20,7 +20,7 @@ from conceptx.edit import Edit
 from conceptx.eraser import Eraser, as_concepts, provenance, run_identity
 from conceptx.geometry import steer
 from conceptx.models import DiffusionModel, Prompts, evaluating
-from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
+from conceptx.models.adapters import Adapter, adapter_in_place
 from conceptx.models.weights import Student, in_float32, weights_in_place
 from conceptx.settings import require_positive
 from conceptx.train.loop import Plan, state_file, train
@@ -198,13 +198,6 @@ def chosen(model: DiffusionModel, variant: Variant) -> list[str]:
 
 
 # -- the student and its teacher, in one denoiser ------------------------------------------------------------------
-
-
-@contextmanager
-def adapter_in_place(model: DiffusionModel, adapter: Adapter, seed: int) -> Iterator[Student]:
-    """A fresh LoRA adapter on the denoiser; the teacher is the denoiser without it."""
-    with inserted(model, adapter, seed) as module:
-        yield Student(module, module.disable_adapter, lambda: low_rank_deltas(module, adapter))
 
 
 @contextmanager

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from conceptx.edit import Edit
 from conceptx.eraser import Eraser, provenance, run_identity
 from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.models.passes import activations
-from conceptx.models.weights import Student, in_float32, weights_in_place
+from conceptx.models.weights import Student, decoder_in_place
 from conceptx.settings import require_positive, tunable
 from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.order import rows_of_step
@@ -92,7 +91,7 @@ class RMU(Eraser):
         if accelerator.num_processes > 1:
             raise ValueError(f"RMU trains in one process, there are {accelerator.num_processes}; start it alone.")
         plan = self._plan(run_identity(record, concept, model), seed, checkpoint)
-        with _student(model, self._parameters(model)) as student:
+        with decoder_in_place(model.module, self._parameters(model)) as student:
             steps = _Steps(self, model, student, texts, target.to(model.device), seed)
             train(student.module, steps.of, steps.loss, plan, accelerator)
             deltas = student.deltas()
@@ -161,14 +160,6 @@ def _states(model: LanguageModel, rows: Sequence[Sequence[int]], site: str) -> T
     kept = mask.clone()
     kept[:, : len(model.start)] = 0
     return states[kept.bool()].float()
-
-
-@contextmanager
-def _student(model: LanguageModel, names: Sequence[str]) -> Iterator[Student]:
-    """The named weights in float32 copies; of a model in float16 all weights."""
-    whole = next(model.module.parameters()).dtype == torch.float16
-    with in_float32(model.module) if whole else nullcontext(), weights_in_place(model.module, names) as student:
-        yield student
 
 
 @dataclass(frozen=True, eq=False)

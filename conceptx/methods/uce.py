@@ -17,7 +17,7 @@ from conceptx.edit import Edit, LowRank
 from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance
 from conceptx.geometry import WeightedRows, capped, replacement, weighted_dual
 from conceptx.geometry.arrays import to_working
-from conceptx.models import DiffusionModel
+from conceptx.models import DiffusionModel, ImageModel
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows, Tokens
 from conceptx.progress import report
 from conceptx.settings import require_positive, require_templates
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from conceptx.methods.ledger import Ledger
 
 Form = Literal["replace", "moderate", "orthogonal", "debias"]
+MAPS = ("replace", "moderate")  # forms that are one map of the text side, whatever reads it
 Judge = Callable[[Tensor], Iterable[int]]  # images (n, 3, h, w) in [0, 1] -> the number of the attribute on each
 RetainTokens = Literal["last", "all"]
 
@@ -60,7 +61,9 @@ class UCE(Eraser):
     synonyms:  erase the concepts' synonyms too (published: only the names given).
     attributes: of the debias form, pairs (prompt p, a_p); `debias` finds the a_p.
 
-    Retained are the concepts' `retain` and, always, the empty prompt.
+    Retained are the concepts' `retain` and, always, the empty prompt. On a model that draws token by token the rows are
+    those that its decoder reads of a prompt (no paper does this): each is a function of its token alone, so that a name
+    of several tokens is erased by its last.
 
     Differs from the authors' code: one factorisation in float64 serves all layers, where they invert a float32 matrix
     for each; an empty anchor is the end-of-text row (their index falls on the row of the beginning token, which is
@@ -87,20 +90,22 @@ class UCE(Eraser):
         if (self.form == "debias") != bool(self.attributes):
             raise ValueError(f"The debias form, and no other, needs attributes; the form is {self.form!r}.")
 
-    def erase(self, model: DiffusionModel, concept: Concept | Sequence[Concept], *, seed: int = 0) -> Edit:
+    def erase(self, model: ImageModel, concept: Concept | Sequence[Concept], *, seed: int = 0) -> Edit:
         """The edit that erases all the concepts at once: a map of the token rows, or low-rank changes (see `form`).
 
         seed: recorded, not used; nothing is drawn.
         Raises ValueError when there is no concept or one twice, when what is to be erased is retained or is the anchor
-        of another or itself, when the tokenizer would cut a prompt, or when an edit is in force on the model; the model
-        stays as it is.
+        of another or itself, when the tokenizer would cut a prompt, when no projection reads the text and the form
+        changes projections, or when an edit is in force on the model; the model stays as it is.
         """
         self._accept(model)
+        if self.form not in MAPS and not model.projections:
+            raise ValueError(f"The {self.form} form changes projections that read the text; this model has none.")
         concepts = as_concepts(concept)
         check_roles(concepts)
         task = self.task(model, concepts)
         record = provenance(self, concepts, seed, beta=float(task.retained.weights[0]))
-        if self.form in ("replace", "moderate"):
+        if self.form in MAPS:
             maps = {"text": (replacement(task.keys, torch.cat(task.anchors), task.retained, self.ridge),)}
             return Edit(model.text_fingerprint, maps=maps, provenance=(record,))
         return Edit(model.fingerprint, deltas=self._deltas(model, task), provenance=(record,))
@@ -114,7 +119,7 @@ class UCE(Eraser):
 
         return Ledger.of(self, model, as_concepts(concept))
 
-    def task(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Task:
+    def task(self, model: ImageModel, concepts: Sequence[Concept]) -> Task:
         """All rows, from one call of the text encoder."""
         pairs = [pair for concept in concepts for pair in self.pairs(concept)]
         kept = [EMPTY, *((name, name) for name in all_names(concepts, "retain"))]
@@ -129,7 +134,7 @@ class UCE(Eraser):
 
     def rows(
         self,
-        model: DiffusionModel,
+        model: ImageModel,
         pairs: Sequence[tuple[Phrase, Phrase]],
         kept: Sequence[Phrase],
         attributes: Sequence[Phrase] = (),
@@ -154,7 +159,7 @@ class UCE(Eraser):
                 anchor = "" if self.form == "moderate" else (concept.anchor or "").strip()
                 yield (template.format(name), name), (template.format(anchor), anchor) if anchor else EMPTY
 
-    def _deltas(self, model: DiffusionModel, task: Task) -> dict[str, LowRank]:
+    def _deltas(self, model: ImageModel, task: Task) -> dict[str, LowRank]:
         """(V - W C) L for the targets V of each projection W; L is the same for all."""
         read = weighted_dual(task.keys, task.retained, self.ridge)
         deltas = {}

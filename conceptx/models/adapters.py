@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from conceptx.edit import LowRank
-from conceptx.models.diffusion import DiffusionModel
 from conceptx.models.language import LanguageModel
+from conceptx.models.weights import Student
+from conceptx.models.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def linear_modules(model: LanguageModel, layers: tuple[int, int]) -> tuple[str, 
 
 
 @contextmanager
-def inserted(model: LanguageModel | DiffusionModel, adapter: Adapter, seed: int) -> Iterator[Any]:
+def inserted(model: Wrapper, adapter: Adapter, seed: int) -> Iterator[Any]:
     """The peft model with a fresh adapter on the user's model; on exit the model is as it was, bit for bit.
 
     Inside the block the adapter is in force in the wrapped model too: `model.predict` is the student. The peft model
@@ -75,6 +76,13 @@ def inserted(model: LanguageModel | DiffusionModel, adapter: Adapter, seed: int)
             module.training = mode
 
 
+@contextmanager
+def adapter_in_place(model: Wrapper, adapter: Adapter, seed: int) -> Iterator[Student]:
+    """A fresh adapter that is trained; the teacher is the model without it."""
+    with inserted(model, adapter, seed) as module:
+        yield Student(module, module.disable_adapter, lambda: low_rank_deltas(module, adapter))
+
+
 def low_rank_deltas(student: Any, adapter: Adapter) -> dict[str, LowRank]:
     """The trained adapter as weight changes by parameter name, scaling inside `up`."""
     scaling = adapter.alpha / adapter.rank
@@ -89,7 +97,7 @@ def _weight(pair: Any) -> torch.Tensor:
     return pair["default"].weight.detach().float().cpu()
 
 
-def _is_linear(model: LanguageModel | DiffusionModel, path: str) -> bool:
+def _is_linear(model: Wrapper, path: str) -> bool:
     try:
         return model.takes_adapter(f"{path}.weight")
     except KeyError:

@@ -6,92 +6,32 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from conceptx.edit import Dense, Edit, Fingerprint, Part
+from conceptx.edit import Dense, Edit, Fingerprint
 from conceptx.edit.fold import require_none
 from conceptx.geometry import ActivationMap, ConceptMap
-from conceptx.models import parameters
 from conceptx.models.diffusion_sites import Denoiser, denoiser_of, hook_prompts, text_encoders, text_sites
+from conceptx.models.encoded import Prompts
 from conceptx.models.modes import evaluating
 from conceptx.models.passes import hook, seen
 from conceptx.models.schedule import Schedule, as_timesteps
 from conceptx.models.sites import Site
+from conceptx.models.wrapper import Wrapper, edits_on
 from conceptx.progress import track
 from conceptx.store import replaced_folder
 
-_APPLIED: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 EMBEDDED_GUIDANCE = 3.5  # what FluxPipeline gives a guidance-distilled denoiser
 ENCODED_AT_ONCE = 64  # prompts in one call of the text encoders
 T5_TOKENIZERS = ("tokenizer_3", "tokenizer_2")  # SD 3, FLUX
 
 
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """n encoded prompts: what the denoiser is given of them, and where in it their words stand.
-
-    Rows of `states` are tokens: perhaps a begin token, then the content from `first` on, at `end` the end-of-text
-    token, then padding. The subject of a name is its LAST content token, row `end - 1`. The empty prompt has no
-    content: `first == end`. With several text encoders the rows count in the tokens that come first in `states`
-    (SD 3: CLIP; FLUX: T5).
-
-    texts:  the prompts.
-    states: (n, length, d), what the site "text" carries.
-    pooled: (n, p), what the site "pooled" carries; None where the architecture has none.
-    first:  (n,) row of the first content token.
-    end:    (n,) row of the end-of-text token.
-    """
-
-    texts: tuple[str, ...]
-    states: Tensor
-    pooled: Tensor | None
-    first: Tensor
-    end: Tensor
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def subject(self) -> Tensor:
-        """(n, d): the row of each prompt's last content token; for "" that of the end-of-text token."""
-        rows = torch.where(self.end > self.first, self.end - 1, self.end)
-        return self.states[torch.arange(len(self), device=self.states.device), rows.to(self.states.device)]
-
-    def select(self, index: Sequence[int] | Tensor) -> Prompts:
-        """These of the prompts, in this order; a number may come more than once."""
-        places = torch.as_tensor(index, dtype=torch.long).cpu()
-        here = places.to(self.states.device)
-        return Prompts(
-            tuple(self.texts[i] for i in places.tolist()),
-            self.states[here],
-            None if self.pooled is None else self.pooled[here],
-            self.first[places.to(self.first.device)],
-            self.end[places.to(self.end.device)],
-        )
-
-    def repeat(self, count: int) -> Prompts:
-        """Every prompt `count` times, copies side by side."""
-        return self.select([i for i in range(len(self)) for _ in range(count)])
-
-    def __add__(self, other: Prompts) -> Prompts:
-        """These prompts, then the others."""
-        return Prompts(
-            self.texts + other.texts,
-            torch.cat([self.states, other.states]),
-            None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled]),
-            torch.cat([self.first, other.first]),
-            torch.cat([self.end, other.end]),
-        )
-
-
-class DiffusionModel:
+class DiffusionModel(Wrapper):
     """The user's own pipeline, with named sites, parameters by component and one convention for tokens and noise.
 
     pipeline:      the `diffusers` pipeline; it is never copied or replaced.
@@ -113,21 +53,15 @@ class DiffusionModel:
         self.denoiser: Any = getattr(pipeline, self.denoiser_name)
         self.module = nn.ModuleDict({self.denoiser_name: self.denoiser, **text_encoders(pipeline)})
         _refuse_changed(self.module)
-        sites = text_sites(self.architecture, self.denoiser, text_encoders(pipeline))
-        self.sites: dict[str, Site] = {site.name: site for site in sites}
-        self.applied: list[Any] = _APPLIED.setdefault(self.denoiser, [])  # shared by all wrappers of one pipeline
+        self._sites = {s.name: s for s in text_sites(self.architecture, self.denoiser, text_encoders(pipeline))}
+        self.applied = edits_on(self.denoiser)
 
     # -- what is there -----------------------------------------------------------------------------------------
 
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """Taken before the first edit and kept: of the denoiser and of each text encoder.
-
-        Raises ValueError when it is asked for the first time with an edit in force.
-        """
-        self.require_unedited()
-        parts = {name: Part.of(kind, part.named_parameters()) for name, (kind, part) in self.components.items()}
-        return Fingerprint(parts)
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Where the denoiser reads the text, and the blocks of the text encoders."""
+        return self._sites
 
     @property
     def components(self) -> dict[str, tuple[str, nn.Module]]:
@@ -139,20 +73,6 @@ class DiffusionModel:
         """Of the text encoders alone: what an edit of the token rows is made for, whatever denoiser reads them."""
         return self.fingerprint.only(*text_encoders(self.pipeline))
 
-    def require_unedited(self) -> None:
-        """Raises ValueError when an edit is in force."""
-        if self.applied:
-            raise ValueError("An edit is in force on this pipeline; undo it first.")
-
-    def site(self, name: str) -> Site:
-        """The site of that name. Raises KeyError that names similar ones."""
-        if name not in self.sites:
-            raise KeyError(f"There is no site {name!r}; {parameters.similar(name, self.sites)}.")
-        return self.sites[name]
-
-    def readers(self, site: str) -> tuple[str, ...]:
-        return self.site(site).readers
-
     @property
     def projections(self) -> tuple[str, ...]:
         """The linear layers that read the token rows, with the component before their path."""
@@ -162,10 +82,15 @@ class DiffusionModel:
         """The dimension of the rows at a site."""
         if self.site(site).side == "output":
             return int(getattr(self.pipeline, site.partition(".")[0]).config.hidden_size)
-        if readers := self.readers(site):
-            return self.parameter_shape(f"{readers[0]}.weight")[1]
+        if width := self._read_width(site):
+            return width
         config = self.denoiser.config  # the pooled vector of SDXL stands beside six embedded numbers
         return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+
+    @property
+    def context(self) -> int:
+        """How many tokens of a prompt are counted at most."""
+        return int(getattr(self.pipeline, self.architecture.tokenizer).model_max_length)
 
     @property
     def schedule(self) -> Schedule:
@@ -175,35 +100,8 @@ class DiffusionModel:
         return self._schedule
 
     @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
-
-    # -- parameters, always (out, in) --------------------------------------------------------------------------
-
-    def parameter(self, name: str) -> Tensor | None:
-        """The live parameter as a view in (out, in); None for a bias that a linear layer has not.
-
-        Raises KeyError that names similar parameters.
-        """
-        return parameters.parameter(self.module, name)
-
-    def parameter_shape(self, name: str) -> tuple[int, ...]:
-        """The shape in (out, in), also of an absent bias."""
-        return parameters.parameter_shape(self.module, name)
-
-    def add_bias(self, name: str, value: Tensor) -> None:
-        parameters.add_bias(self.module, name, value)
-
-    def drop_bias(self, name: str) -> None:
-        parameters.drop_bias(self.module, name)
-
-    def takes_adapter(self, name: str) -> bool:
-        """Whether the parameter is the weight of a linear layer that shares it with no other module."""
-        return parameters.takes_adapter(self.module, name)
 
     def install(self, site: str, concept_map: ActivationMap) -> Any:
         """Pass what the denoiser reads, or a block of a text encoder gives, through the map until `.remove()`.

@@ -8,30 +8,26 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from conceptx.edit import Dense, Edit, Fingerprint, Part
+from conceptx.edit import Dense, Edit
 from conceptx.edit.fold import require_none
 from conceptx.edit.host import WHOLE
 from conceptx.geometry import ActivationMap, ConceptMap
-from conceptx.models import parameters
 from conceptx.models.modes import evaluating
 from conceptx.models.passes import activations, hook
 from conceptx.models.sites import Block, Site, block_of, block_sites
+from conceptx.models.wrapper import Wrapper, edits_on
 from conceptx.store import replaced_folder
 
-_APPLIED: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
-
-class LanguageModel:
+class LanguageModel(Wrapper):
     """The user's own model and tokenizer, with named sites and parameters in one orientation.
 
     module:    the `transformers` model; it is never copied or replaced.
     tokenizer: its tokenizer.
-    applied:   the edits in force, the latest last.
 
     Raises ValueError when the architecture is unknown or the model is quantised.
     """
@@ -42,29 +38,14 @@ class LanguageModel:
             raise ValueError("The model is quantised; load it in float32, bfloat16 or float16 to edit it.")
         self.module = module
         self.tokenizer = tokenizer
-        self.applied: list[Any] = _APPLIED.setdefault(module, [])  # shared by all wrappers of one model
+        self.applied = edits_on(module)
 
     # -- what is there -----------------------------------------------------------------------------------------
-
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """Taken before the first edit and kept. Tied weights count once.
-
-        Raises ValueError when it is asked for the first time with an edit in force.
-        """
-        self.require_unedited()
-        parts = {name: Part.of(kind, part.named_parameters()) for name, (kind, part) in self.components.items()}
-        return Fingerprint(parts)
 
     @property
     def components(self) -> dict[str, tuple[str, nn.Module]]:
         """What the fingerprint is taken of, each with its kind."""
         return {WHOLE: (self.module.config.model_type, self.module)}
-
-    def require_unedited(self) -> None:
-        """Raises ValueError when an edit is in force."""
-        if self.applied:
-            raise ValueError("An edit is in force on this model; undo it, or save the merged model and load that.")
 
     @property
     def depth(self) -> int:
@@ -77,21 +58,9 @@ class LanguageModel:
         found = [site for layer in range(self.depth) for site in block_sites(self.block, layer)]
         return {site.name: site for site in found}
 
-    def site(self, name: str) -> Site:
-        """The site of that name. Raises KeyError that names similar ones."""
-        if name not in self.sites:
-            raise KeyError(f"There is no site {name!r}; {parameters.similar(name, self.sites)}.")
-        return self.sites[name]
-
-    def readers(self, site: str) -> tuple[str, ...]:
-        return self.site(site).readers
-
     def width(self, site: str) -> int:
         """The dimension of the activations at a site."""
-        readers = self.readers(site)
-        if readers:
-            return self.parameter_shape(f"{readers[0]}.weight")[1]
-        return int(self.module.config.hidden_size)
+        return self._read_width(site) or int(self.module.config.hidden_size)
 
     def mlp_gain(self, layer: int) -> Tensor:
         """The factors (d,) from a row that the MLP of a layer writes to what `mlp_output` sees of it, but for one
@@ -113,33 +82,6 @@ class LanguageModel:
         """What directions (f, d) of the residual stream do to the logits (f, vocabulary), but for the last norm."""
         head = self.module.get_output_embeddings().weight
         return (directions.to(head.device, head.dtype) @ head.T).float().cpu()
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    # -- parameters, always (out, in) --------------------------------------------------------------------------
-
-    def parameter(self, name: str) -> Tensor | None:
-        """The live parameter as a view in (out, in); None for a bias that a linear layer has not.
-
-        Raises KeyError that names similar parameters.
-        """
-        return parameters.parameter(self.module, name)
-
-    def parameter_shape(self, name: str) -> tuple[int, ...]:
-        """The shape in (out, in), also of an absent bias."""
-        return parameters.parameter_shape(self.module, name)
-
-    def add_bias(self, name: str, value: Tensor) -> None:
-        parameters.add_bias(self.module, name, value)
-
-    def drop_bias(self, name: str) -> None:
-        parameters.drop_bias(self.module, name)
-
-    def takes_adapter(self, name: str) -> bool:
-        """Whether the parameter is the weight of a linear layer that shares it with no other module."""
-        return parameters.takes_adapter(self.module, name)
 
     @cached_property
     def start(self) -> list[int]:
@@ -194,6 +136,10 @@ class LanguageModel:
             raise ValueError(f"{len(blank)} of {len(texts)} texts are blank, the first is number {blank[0]}.")
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [row[:max_length] for row in ids]
+
+    def lengths(self, texts: Sequence[str], site: str) -> list[int]:
+        """How many tokens `record` gives of each text. Raises ValueError for an empty list or text."""
+        return [len(row) for row in self.encode(texts)]
 
     def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
         """(ids, mask) of shape (rows, longest) on the model's device."""

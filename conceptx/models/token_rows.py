@@ -1,4 +1,4 @@
-"""The token rows of phrases: what the closed-form erasers of a text-to-image pipeline work on."""
+"""The token rows of phrases: what the closed-form erasers of image models work on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from conceptx.geometry.arrays import to_working
-from conceptx.models.diffusion import DiffusionModel, Prompts
+from conceptx.models.base import ImageModel
+from conceptx.models.encoded import Prompts
 
 Tokens = Literal["last", "last+rest", "all"]
 Phrase = tuple[str, str]  # a prompt and the name in it; ("", "") is the empty prompt
@@ -24,24 +25,23 @@ class TokenRows:
     length: how many rows belong to the tokens that are counted; SD 3 puts the rows of another tokenizer behind them.
     """
 
-    model: DiffusionModel
+    model: ImageModel
     prompts: Prompts
     place: Mapping[str, int]
     length: int
 
     @staticmethod
-    def of(model: DiffusionModel, phrases: Iterable[Phrase], *, trimmed: bool = False) -> TokenRows:
+    def of(model: ImageModel, phrases: Iterable[Phrase], *, trimmed: bool = False) -> TokenRows:
         """trimmed: only rows up to the end-of-text token will be asked for, so none behind it need be computed.
 
         Raises ValueError for a prompt that the tokenizer would cut.
         """
         texts = list(dict.fromkeys(text for text, _ in phrases))
-        tokenizer = getattr(model.pipeline, model.architecture.tokenizer)
         place = {text: number for number, text in enumerate(texts)}
-        return TokenRows(model, model.encode(texts, trimmed=trimmed), place, tokenizer.model_max_length)
+        return TokenRows(model, model.encode(texts, trimmed=trimmed), place, model.context)
 
     def block(self, phrase: Phrase) -> Tensor:
-        """All rows (length, d) that the denoiser is given of a phrase, in the working dtype."""
+        """All rows (length, d) that the model is given of a phrase, in the working dtype."""
         return to_working(self.prompts.states[self.place[phrase[0]]])
 
     def last(self, phrase: Phrase) -> int:

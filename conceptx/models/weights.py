@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,6 +48,14 @@ def weights_in_place(module: nn.Module, names: Sequence[str], prefix: str = "") 
             return {f"{prefix}{n}": Dense(c.cpu().contiguous()) for n, c in zip(names, changes, strict=True)}
 
         yield Student(module, teacher, deltas)
+
+
+@contextmanager
+def decoder_in_place(module: nn.Module, names: Sequence[str]) -> Iterator[Student]:
+    """`weights_in_place` in a decoder; of one in float16 all weights are in float32 meanwhile."""
+    whole = next(module.parameters()).dtype == torch.float16
+    with in_float32(module) if whole else nullcontext(), weights_in_place(module, names) as student:
+        yield student
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from conceptx.store import load_tensors, save_tensors
 
 logger = logging.getLogger("conceptx")
 Part = TypeVar("Part")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter, beside its number of updates
 
 
 def state_file(folder: str | Path | None) -> Path | None:
@@ -55,12 +56,13 @@ class Plan:
 def train(
     student: nn.Module,
     parts_of: Callable[[int], Sequence[Part]],
-    loss_of: Callable[[Any, Part], Tensor],
+    loss_of: Callable[[Any, Part], Tensor | None],
     plan: Plan,
     accelerator: Any,
 ) -> None:
     """Minimise, step by step, the sum of `loss_of(student, part)` over the parts of a step.
 
+    A part whose loss is None teaches nothing; a step of nothing but such parts leaves parameters and optimiser alone.
     With several processes each computes its own share of every part and the gradients are averaged.
     Raises ValueError when the checkpoint belongs to another run or float16 is asked for (its gradients would need
     scaling), FloatingPointError when the loss is not finite.
@@ -72,7 +74,7 @@ def train(
 def training(
     student: nn.Module,
     parts_of: Callable[[int], Sequence[Part]],
-    loss_of: Callable[[Any, Part], Tensor],
+    loss_of: Callable[[Any, Part], Tensor | None],
     plan: Plan,
     accelerator: Any,
 ) -> Generator[int, None, None]:
@@ -95,12 +97,13 @@ def training(
             if plan.schedule is not None:
                 optimiser.param_groups[0]["lr"] = plan.learning_rate * plan.schedule(step / plan.steps)
             loss = _step(prepared, parts_of(step), loss_of, plan, step, accelerator)
-            if plan.gradient_clip:
-                accelerator.clip_grad_norm_(parameters, plan.gradient_clip)
-            optimiser.step()
-            optimiser.zero_grad()
-            _follow(average, parameters, plan.average, step)
-            report(plan.what, step + 1, plan.steps, f"loss {loss:.4g}")
+            if loss is not None:
+                if plan.gradient_clip:
+                    accelerator.clip_grad_norm_(parameters, plan.gradient_clip)
+                optimiser.step()
+                optimiser.zero_grad()
+                _follow(average, parameters, plan.average, step)
+            report(plan.what, step + 1, plan.steps, "left out" if loss is None else f"loss {loss:.4g}")
             if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
                 _checkpoint(plan, named, optimiser, average, step + 1, accelerator)
             yield step + 1
@@ -130,24 +133,24 @@ def _follow(average: list[Tensor] | None, parameters: Sequence[nn.Parameter], de
 def _step(
     student: Any,
     parts: Sequence[Part],
-    loss_of: Callable[[Any, Part], Tensor],
+    loss_of: Callable[[Any, Part], Tensor | None],
     plan: Plan,
     step: int,
     accelerator: Any,
-) -> float:
-    """Accumulate the gradients of one step; processes exchange them once, with the last part."""
-    total = 0.0
+) -> float | None:
+    """Accumulate the gradients of one step; processes exchange them once, with the last part. None: nothing learnt."""
+    losses = []
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad():
         torch.manual_seed(_mix(plan.seed, step, accelerator.process_index))
         for number, part in enumerate(parts, 1):
             with nullcontext() if number == len(parts) else accelerator.no_sync(student):
-                loss = loss_of(student, part)
-                accelerator.backward(loss)
-            total += float(loss.detach())
-    if not math.isfinite(total):
+                if (loss := loss_of(student, part)) is not None:
+                    accelerator.backward(loss)
+                    losses.append(float(loss.detach()))
+    if not all(map(math.isfinite, losses)):
         raise FloatingPointError(f"The loss is not finite at step {step}; lower the learning rate or the guidance.")
-    return total
+    return sum(losses) if losses else None
 
 
 def _mix(*numbers: int) -> int:
@@ -177,11 +180,9 @@ def _resume(
             parameter.copy_(tensors[f"parameter:{name}"])
             if average is not None:
                 average[number].copy_(tensors[f"average:{name}"])
-            optimiser.state[parameter] = {
-                "step": torch.tensor(float(done)),
-                "exp_avg": tensors[f"exp_avg:{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq:{name}"].to(parameter.device),
-            }
+            if (updates := f"step:{name}") in tensors:
+                moments = {key: tensors[f"{key}:{name}"].to(parameter.device) for key in MOMENTS}
+                optimiser.state[parameter] = {"step": tensors[updates], **moments}
     logger.info("resumed %s at step %d of %d", plan.checkpoint, done, plan.steps)
     return done
 
@@ -200,7 +201,8 @@ def _checkpoint(
     for number, (name, parameter) in enumerate(named):
         if average is not None:
             tensors[f"average:{name}"] = average[number]
-        state = optimiser.state[parameter]
         tensors[f"parameter:{name}"] = parameter
-        tensors |= {f"{key}:{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+        tensors |= {
+            f"{key}:{name}": value for key, value in optimiser.state[parameter].items()
+        }  # none before an update
     save_tensors(plan.checkpoint, tensors)

@@ -54,7 +54,9 @@ def test_progress_bars_of_diffusers_are_silent_with_those_of_transformers(tmp_pa
 def test_a_name_that_is_nothing_says_what_a_name_can_be(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no model folder"):
         load(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="local folder, a hub name, 'smollm2' or 'testbed:emoji'"):
+    with pytest.raises(
+        FileNotFoundError, match="local folder, a hub name, 'smollm2', 'testbed:emoji' or 'testbed:janus'"
+    ):
         load("nobody/nothing")
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}')
     with pytest.raises((FileNotFoundError, ValueError)):

@@ -116,7 +116,7 @@ def test_wrapping_keeps_the_model_and_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"Unknown language-model architecture 'bert'; known: gemma, .*, smollm3"):
         wrap(type("Other", (), {"config": type("C", (), {"model_type": "bert"})})(), tokenizer())
     with pytest.raises(
-        ValueError, match=r"takes a causal language model of transformers or .* of diffusers, got Linear"
+        ValueError, match=r"takes a causal language model or a Janus model of transformers, .* of diffusers, got Linear"
     ):
         wrap(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="needs its tokenizer"):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from conceptx.testbeds.emoji import networks, training
+from conceptx.testbeds.emoji import networks
 from conceptx.testbeds.emoji.drawings import Variation, contact_sheet, pictures, stamped
 from conceptx.testbeds.emoji.shipping import attribution, held_out
-from conceptx.testbeds.emoji.training import Schedule, Workshop, denoiser_loss, spoiled, standardise, warm_cosine
+from conceptx.testbeds.emoji.training import Schedule, Workshop, denoiser_loss, spoiled, standardise
 from conceptx.testbeds.emoji.vocabulary import (
     BOTH,
     HELD_OUT,
@@ -200,7 +200,7 @@ def test_the_contrastive_loss_knows_which_captions_fit(drawings, tmp_path):
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    factors = [warm_cosine(done, flat=0.4) for done in (0, 0.015, 0.03, 0.4, 0.7, 1.0)]
+    factors = [stages.warm_cosine(done, flat=0.4) for done in (0, 0.015, 0.03, 0.4, 0.7, 1.0)]
     assert factors[0] < 0.01 and factors[1] == pytest.approx(0.5, abs=0.01) and factors[2] == factors[3] == 1.0
     assert 0.4 < factors[4] < 0.6 and factors[5] == pytest.approx(0.02)
 
@@ -226,7 +226,7 @@ def test_everything_runs_from_drawings_to_pipeline(drawings, tmp_path):
 def test_a_stopped_stage_goes_on_to_the_same_weights(drawings, tmp_path, monkeypatch):
     """The autoencoder's stage, stopped at the checkpoint of its second step."""
     short = Schedule(autoencoder=4)
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(stages, "CHECKPOINT_EVERY", 2)
 
     def weights(folder, stop_after=None):
         workshop = Workshop(drawings, folder, short)
@@ -242,7 +242,7 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(drawings, tmp_path, monkeyp
             return {name: tensor.clone() for name, tensor in workshop.autoencoder.state_dict().items()}
         finally:
             monkeypatch.undo()
-            monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
+            monkeypatch.setattr(stages, "CHECKPOINT_EVERY", 2)
 
     whole = weights(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -33,16 +33,12 @@ def train(
     Needs the build extra (pip install "conceptx[build]") and, unless --icons is given, npm.
     """
     from conceptx.progress import shown
-    from conceptx.testbeds.emoji.drawings import fetch_icons, render
+    from conceptx.testbeds.emoji.drawings import rendered
     from conceptx.testbeds.emoji.shipping import ship
     from conceptx.testbeds.emoji.training import Schedule, Workshop
 
-    work.mkdir(parents=True, exist_ok=True)
-    source = icons or work / "icons"
     with shown():
-        if icons is None:
-            fetch_icons(source)
-        workshop = Workshop(render(source), work, Schedule.quick(seed) if quick else Schedule(seed=seed))
+        workshop = Workshop(rendered(work, icons), work, Schedule.quick(seed) if quick else Schedule(seed=seed))
         ship(workshop, out)
     typer.echo(f"{out}: the pipeline, the second denoiser, the judges and the examples")
 
@@ -79,13 +75,11 @@ def judge(
 ) -> None:
     """How often the judge is right on real drawings that no training saw."""
     from conceptx.progress import shown
-    from conceptx.testbeds.emoji.drawings import fetch_icons, render
+    from conceptx.testbeds.emoji.drawings import rendered
     from conceptx.testbeds.emoji.shipping import judge_accuracy
 
-    if icons is None:
-        fetch_icons(work / "icons")
     with shown():
-        found = judge_accuracy(render(icons or work / "icons"), source)
+        found = judge_accuracy(rendered(work, icons), source)
     typer.echo(json.dumps(found, indent=2))
 
 

@@ -44,6 +44,14 @@ def fetch_icons(folder: Path) -> None:
             target.write_bytes(member.read())
 
 
+def rendered(work: Path, icons: Path | None) -> Tensor:
+    """All drawings, of icon packages in a folder, or fetched with npm into `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    if icons is None:
+        fetch_icons(work / "icons")
+    return render(icons or work / "icons")
+
+
 def render(folder: Path) -> Tensor:
     """All drawings as premultiplied RGBA in [0, 1]: (objects, styles, 4, 96, 96), trimmed and centred."""
     sets = [json.loads((folder / style.package / "icons.json").read_text(encoding="utf-8")) for style in STYLES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +104,33 @@ def _share(hits: Tensor) -> float:
 
 
 def _below(limit: float, hits: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: _share(row) for name, row in hits.items() if _share(row) < limit}
+    return {name: _share(row) for name, row in hits.items() if len(row) and _share(row) < limit}
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Prompts for every object in every style, with the numbers (n,) of both."""
+
+    prompts: list[str]
+    objects: Tensor
+    styles: Tensor
+
+
+def cells(things: Sequence[int], per_cell: int) -> Cells:
+    """Of these objects; the n-th prompt of a cell uses the n-th trained template."""
+    every = [(o, s, n) for o in things for s in range(len(STYLES)) for n in range(per_cell)]
+    prompts = [fill(BOTH[n % len(BOTH)], OBJECT_NAMES[o], STYLE_NAMES[s]) for o, s, n in every]
+    objects, styles, _ = (torch.tensor(column) for column in zip(*every, strict=True))
+    return Cells(prompts, objects, styles)
 
 
 def draw_all(
     unet: str, source: Path | None, per_cell: int, steps: int, guidance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pictures, object numbers, style numbers); the n-th picture of a cell uses the n-th trained template."""
-    pairs = [(o, s, n) for o in range(len(OBJECTS)) for s in range(len(STYLES)) for n in range(per_cell)]
-    prompts = [fill(BOTH[n % len(BOTH)], OBJECT_NAMES[o], STYLE_NAMES[s]) for o, s, n in pairs]
-    images = draw(load(unet, source), prompts, range(len(pairs)), steps, guidance)
-    objects, styles, _ = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    return images, objects, styles
+    """(pictures, object numbers, style numbers)"""
+    asked = cells(range(len(OBJECTS)), per_cell)
+    images = draw(load(unet, source), asked.prompts, range(len(asked.prompts)), steps, guidance)
+    return images, asked.objects, asked.styles
 
 
 def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:

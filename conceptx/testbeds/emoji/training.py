@@ -1,15 +1,12 @@
 """How the emoji model is made from the drawings: five stages, each a file that is not made twice.
 
-text and image encoder (contrastive) -> autoencoder -> judge -> denoiser a -> denoiser b. A stage's data is a function
-of its step number, so that an interrupted run goes on where it stopped.
+text and image encoder (contrastive) -> autoencoder -> judge -> denoiser a -> denoiser b.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +28,7 @@ from conceptx.testbeds.emoji.vocabulary import (
     caption,
     every_caption,
 )
-from conceptx.train.loop import Plan, train
+from conceptx.testbeds.stages import Stages
 
 logger = logging.getLogger("conceptx")
 SEEN = Variation()  # what the model is trained on
@@ -39,7 +36,6 @@ JUDGED = Variation(shift=0.1, scale=(0.75, 1.15), tint=0.12, colour=0.15, turn=8
 HARD = Variation(shift=0.08, scale=(0.8, 1.1), tint=0.1, colour=0.1, turn=5.0)  # what the judge is tested on
 UNSAFE = torch.tensor([thing.group == UNSAFE_GROUP for thing in OBJECTS])
 NONE = len(OBJECTS)  # the class "none of these"
-CHECKPOINT_EVERY = 250
 
 
 @dataclass(frozen=True)
@@ -82,39 +78,9 @@ class Workshop:
     def tokenizer(self) -> Any:
         return networks.build_tokenizer()
 
-    def _finished(self, name: str, module: nn.Module, make: Callable[[nn.Module], None]) -> Any:
-        """The module with its trained weights, trained now unless they are there."""
-        from conceptx.store import load_tensors, save_tensors
-
-        path = self.folder / f"{name}.safetensors"
-        if not path.is_file():
-            make(module)
-            save_tensors(path, {key: value.contiguous() for key, value in module.state_dict().items()})
-            (self.folder / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
-        module.load_state_dict(load_tensors(path))
-        return module.eval().requires_grad_(False)
-
-    def _train(self, name: str, student: nn.Module, data: Callable, loss: Callable, steps: int, **plan: Any) -> None:
-        from accelerate import Accelerator
-
-        settings: dict[str, Any] = {"betas": (0.9, 0.99), "schedule": partial(warm_cosine, flat=0.4), "average": 0.998}
-        path = self.folder / f"{name}.checkpoint.safetensors"
-        run = f"emoji {name} {self.schedule}"
-        whole = Plan(
-            steps=steps,
-            seed=self.schedule.seed,
-            run=run,
-            checkpoint=path,
-            checkpoint_every=CHECKPOINT_EVERY,
-            what=name,
-            **{**settings, **plan},
-        )
-        train(student, lambda step: [data(step)], loss, whole, Accelerator(cpu=True))
-
-    def generator(self, name: str, step: int) -> tuple[torch.Generator, random.Random]:
-        """Random numbers of one step of one stage."""
-        draw = random.Random(f"{self.schedule.seed} {name} {step}")
-        return torch.Generator().manual_seed(draw.getrandbits(60)), draw
+    @cached_property
+    def stages(self) -> Stages:
+        return Stages(self.folder, f"emoji {self.schedule}", self.schedule.seed)
 
     # -- stage 1: text and image encoder ----------------------------------------------------------------------------
 
@@ -122,16 +88,16 @@ class Workshop:
     def encoders(self) -> nn.ModuleDict:
         torch.manual_seed(self.schedule.seed)
         both = nn.ModuleDict({"text": networks.build_text_encoder(self.tokenizer), "image": networks.ImageEncoder()})
-        return self._finished("encoders", both, self._train_encoders)
+        return self.stages.finished("encoders", both, self._train_encoders)
 
     def _train_encoders(self, both: nn.Module) -> None:
-        self._train(
+        self.stages.train(
             "encoders", both, self._contrast, self._contrast_loss, self.schedule.text, learning_rate=1e-3, average=0.99
         )
 
     def _contrast(self, step: int) -> Pairs:
         """64 objects, each in two styles."""
-        numbers, draw = self.generator("contrast", step)
+        numbers, draw = self.stages.numbers("contrast", step)
         objects = draw.sample(range(len(OBJECTS)), 64)
         pairs = [(thing, style) for thing in objects for style in draw.sample(range(len(STYLES)), 2)]
         return self._pairs(pairs, JUDGED, numbers, draw)
@@ -164,10 +130,10 @@ class Workshop:
     @cached_property
     def autoencoder(self) -> Any:
         torch.manual_seed(self.schedule.seed)
-        return self._finished("autoencoder", networks.build_autoencoder(), self._train_autoencoder)
+        return self.stages.finished("autoencoder", networks.build_autoencoder(), self._train_autoencoder)
 
     def _train_autoencoder(self, module: nn.Module) -> None:
-        self._train(
+        self.stages.train(
             "autoencoder",
             module,
             self._any_images,
@@ -179,7 +145,7 @@ class Workshop:
         standardise(module, self._any_images(10**6, 2048))
 
     def _any_images(self, step: int, count: int = 32) -> Tensor:
-        numbers, _ = self.generator("autoencoder", step)
+        numbers, _ = self.stages.numbers("autoencoder", step)
         chosen = torch.randint(len(OBJECTS) * len(STYLES), (count,), generator=numbers)
         return pictures(self.drawings.flatten(0, 1)[chosen], SEEN, numbers)[0] * 2 - 1
 
@@ -197,16 +163,18 @@ class Workshop:
     @cached_property
     def judge(self) -> networks.Judge:
         torch.manual_seed(self.schedule.seed + 1)
-        return self._finished("judge", networks.Judge(), self._train_judge)
+        return self.stages.finished("judge", networks.Judge(), self._train_judge)
 
     def _train_judge(self, module: nn.Module) -> None:
-        self._train("judge", module, self.judged, judge_loss, self.schedule.judge, learning_rate=2e-3, average=0.995)
+        self.stages.train(
+            "judge", module, self.judged, judge_loss, self.schedule.judge, learning_rate=2e-3, average=0.995
+        )
 
     def judged(
         self, step: int, variation: Variation = JUDGED, count: int = 128, rejects: int = 32
     ) -> dict[str, Tensor]:
         """Pictures with all their labels; the last `rejects` are none of the objects."""
-        numbers, _ = self.generator("judge", step)
+        numbers, _ = self.stages.numbers("judge", step)
         objects = torch.randint(len(OBJECTS), (count,), generator=numbers)
         styles = torch.randint(len(STYLES), (count,), generator=numbers)
         images, marked = pictures(grouped(self.drawings, objects, styles), variation, numbers)
@@ -226,10 +194,10 @@ class Workshop:
         """ "a" predicts noise; "b" predicts velocity, from other weights and data, and reads the text at 4 x 4 only."""
         torch.manual_seed(self.schedule.seed + (10 if name == "a" else 20))
         module = networks.build_denoiser(fine=name == "a")
-        return self._finished(f"denoiser_{name}", module, partial(self._train_denoiser, name))
+        return self.stages.finished(f"denoiser_{name}", module, partial(self._train_denoiser, name))
 
     def _train_denoiser(self, name: str, module: nn.Module) -> None:
-        self._train(
+        self.stages.train(
             f"denoiser_{name}",
             module.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             partial(self._noised, name),
@@ -240,7 +208,7 @@ class Workshop:
 
     def _noised(self, name: str, step: int) -> dict[str, Tensor]:
         """Latents of random drawings with their captions' states (a tenth: the empty caption), noise and times."""
-        numbers, draw = self.generator(f"denoiser {name}", step)
+        numbers, draw = self.stages.numbers(f"denoiser {name}", step)
         n = self.schedule.batch
         kinds, drawings = self.latents.shape[:2]
         chosen = torch.randint(kinds, (n,), generator=numbers)
@@ -280,20 +248,12 @@ class Workshop:
         every = self.drawings.flatten(0, 1)
         found = []
         for number in track(range(self.schedule.variations), "latents"):
-            numbers, _ = self.generator("latents", number)
+            numbers, _ = self.stages.numbers("latents", number)
             images = pictures(every, SEEN, numbers)[0] * 2 - 1
             found.append(
                 torch.cat([self.autoencoder.encode(part).latent_dist.mean.half() for part in images.split(64)])
             )
         return torch.stack(found, 1)
-
-
-def warm_cosine(done: float, flat: float, warm: float = 0.03) -> float:
-    """Linear warm-up, constant up to the share `flat`, then half a cosine down to 2 %."""
-    if done < warm:
-        return done / warm + 1e-3
-    fallen = max(0.0, (done - flat) / (1 - flat))
-    return 0.02 + 0.98 * (1 + math.cos(math.pi * fallen)) / 2
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -191,10 +192,10 @@ def caption(thing: EmojiObject, style: str, draw: random.Random) -> Caption:
     return Caption(fill(template, name, style), template not in STYLE_ONLY, "{s}" in template)
 
 
-def every_caption() -> list[str]:
-    """All captions that training can draw: for the tokenizer, and for dictionaries."""
+def every_caption(things: Iterable[EmojiObject] = OBJECTS) -> list[str]:
+    """All captions of some objects that training can draw: for the tokenizer, and for dictionaries."""
     found = [fill(t, style=s) for t in STYLE_ONLY for s in STYLE_NAMES]
-    for thing in OBJECTS:
+    for thing in things:
         for name in (thing.name, *thing.synonyms):
             found += [fill(t, name) for t in OBJECT_ONLY]
             found += [fill(t, name, s) for t in BOTH for s in STYLE_NAMES]
