@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv emoji demo check format test test-slow benchmark clean
+.PHONY: help venv emoji janus demo check format test test-slow benchmark clean
 
 help:  ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,10 @@ test-slow: venv  ## long behaviour runs on the trained model
 emoji: venv  ## make the emoji testbed anew from its packages (under three hours; needs npm)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)" -e ".[$(EXTRAS),build]"
 	$(BIN)/python -m conceptx.testbeds.emoji train --out runs/emoji-weights
+
+janus: venv  ## make the Janus testbed anew from the same packages (under three hours; needs npm)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$(TORCH)" -e ".[$(EXTRAS),build]"
+	$(BIN)/python -m conceptx.testbeds.janus train --out runs/janus-weights
 
 benchmark: venv  ## ratios against the published loops
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m benchmark -s tests/benchmarks

@@ -18,7 +18,7 @@ from torch import Tensor
 from conceptx.concept import Concept
 from conceptx.edit import Edit
 from conceptx.geometry import Array, ConceptMap, Subspace
-from conceptx.models import Decoder, Model
+from conceptx.models import Model
 from conceptx.progress import track
 from conceptx.settings import build
 
@@ -64,7 +64,7 @@ class VectorEraser(Eraser):
     @final
     def erase(
         self,
-        model: Decoder,
+        model: Model,
         concept: Concept,
         *,
         sites: Sequence[str] | None = None,
@@ -104,17 +104,17 @@ def labelled_texts(concept: Concept) -> tuple[list[str], list[int]]:
     return list(chain.from_iterable(groups)), labels
 
 
-def labelled_states(model: Decoder, texts: list[str], labels: list[int], site: str) -> tuple[Tensor, Tensor]:
+def labelled_states(model: Model, texts: list[str], labels: list[int], site: str) -> tuple[Tensor, Tensor]:
     """The activations (tokens, d) of all texts at a site, in float32, and the label of each token's text."""
     states = torch.cat([found[site].float().cpu() for found in model.record(texts, [site])])
     lengths = torch.tensor(model.lengths(texts, site))
     return states, torch.tensor(labels).repeat_interleave(lengths)
 
 
-def ordered_sites(model: Decoder, sites: Sequence[str] | None) -> list[str]:
+def ordered_sites(model: Model, sites: Sequence[str] | None) -> list[str]:
     """The sites in the order in which activations pass them."""
     if sites is None:
-        return [name for name in model.sites if name.endswith(("attention_input", "mlp_input"))]
+        return list(model.default_sites)
     if not sites:
         raise ValueError("No site was given.")
     asked = {model.site(name).name for name in sites}

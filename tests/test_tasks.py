@@ -166,9 +166,9 @@ def test_benchmark_prompts_are_neither_questions_nor_texts(concept: str) -> None
     assert [p for p in prompts if p in texts] == []
 
 
-def test_there_are_ten_objects_and_a_style_and_a_benchmark_of_each_kind() -> None:
+def test_there_are_ten_objects_and_a_style_and_benchmarks_of_each_kind_for_both_testbeds() -> None:
     assert Counter(kinds("concepts")[name] for name in PICTURED) == {"object": 10, "style": 1}
-    assert sorted(kinds("benchmarks")[name] for name in IMAGE_BENCHMARKS) == ["object", "style"]
+    assert sorted(kinds("benchmarks")[name] for name in IMAGE_BENCHMARKS) == ["object", "object", "style", "style"]
 
 
 @pytest.mark.parametrize("name", PICTURED)

@@ -223,7 +223,7 @@ def _fields(text: str) -> set[str]:
 
 
 def _refuse_overlap(items: Sequence[Item], concepts: Sequence[Concept]) -> None:
-    used = {prompt for concept in concepts for prompt in concept.prompts}
+    used = {prompt for concept in concepts for prompts in (concept.prompts, *concept.pairs) for prompt in prompts}
     if overlap := sorted({item.prompt for item in items} & used):
         raise ValueError(
             f"{len(overlap)} prompts of the benchmark are prompts of the concept, the first is {overlap[0]!r}; "

@@ -21,7 +21,7 @@ from conceptx.models.encoded import Prompts
 from conceptx.models.language import batches
 from conceptx.models.modes import evaluating
 from conceptx.models.passes import hook, seen
-from conceptx.models.sites import LLAMA, Site, block_sites
+from conceptx.models.sites import LLAMA, SUBLAYER_INPUTS, Site, block_sites
 from conceptx.models.wrapper import Wrapper, edits_on
 from conceptx.progress import track
 from conceptx.store import replaced_folder
@@ -113,6 +113,11 @@ class ARImageModel(Wrapper):
         text = Site("text", f"{DECODER}.embed_tokens", "output")
         head = Site("image_head", HEAD, "input", (f"{HEAD}.proj_out",))
         return {site.name: site for site in (text, *layers, head)}
+
+    @property
+    def default_sites(self) -> tuple[str, ...]:
+        """The inputs of all attention and MLP sublayers."""
+        return tuple(name for name in self.sites if name.endswith(SUBLAYER_INPUTS))
 
     def width(self, site: str) -> int:
         """The dimension of the activations at a site."""

@@ -64,6 +64,11 @@ class DiffusionModel(Wrapper):
         return self._sites
 
     @property
+    def default_sites(self) -> tuple[str, ...]:
+        """The blocks of the text encoders."""
+        return tuple(name for name, site in self.sites.items() if site.side == "output")
+
+    @property
     def components(self) -> dict[str, tuple[str, nn.Module]]:
         """What the fingerprint is taken of, each with its kind."""
         return {name: (type(part).__name__, part) for name, part in self.module.items()}

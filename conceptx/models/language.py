@@ -18,7 +18,7 @@ from conceptx.edit.host import WHOLE
 from conceptx.geometry import ActivationMap, ConceptMap
 from conceptx.models.modes import evaluating
 from conceptx.models.passes import activations, hook
-from conceptx.models.sites import Block, Site, block_of, block_sites
+from conceptx.models.sites import SUBLAYER_INPUTS, Block, Site, block_of, block_sites
 from conceptx.models.wrapper import Wrapper, edits_on
 from conceptx.store import replaced_folder
 
@@ -57,6 +57,11 @@ class LanguageModel(Wrapper):
         """Every site by name, from the first layer to the last."""
         found = [site for layer in range(self.depth) for site in block_sites(self.block, layer)]
         return {site.name: site for site in found}
+
+    @property
+    def default_sites(self) -> tuple[str, ...]:
+        """The inputs of all attention and MLP sublayers."""
+        return tuple(name for name in self.sites if name.endswith(SUBLAYER_INPUTS))
 
     def width(self, site: str) -> int:
         """The dimension of the activations at a site."""

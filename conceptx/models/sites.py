@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+SUBLAYER_INPUTS = ("attention_input", "mlp_input")  # how the names of foldable sites behind a norm end
+
 
 @dataclass(frozen=True)
 class Site:

@@ -40,6 +40,11 @@ class Wrapper(ABC):
 
     @property
     @abstractmethod
+    def default_sites(self) -> tuple[str, ...]:
+        """Where linear erasure acts unless it is told otherwise, in the order in which activations pass."""
+
+    @property
+    @abstractmethod
     def components(self) -> Mapping[str, tuple[str, nn.Module]]:
         """What the fingerprint is taken of, each with its kind."""
 
