@@ -35,7 +35,7 @@ class Eraser(ABC):
         """Raises ValueError when the method does not act on this kind of model, or when an edit is in force on it."""
         known = hosts(type(self))
         if not {kind.__name__ for kind in type(model).__mro__} & {*known}:
-            raise ValueError(f"{type(self).__name__} acts on a {' or '.join(known)}, got a {type(model).__name__}.")
+            raise ValueError(f"{type(self).__name__} acts on: {' or '.join(known)}; got: {type(model).__name__}.")
         model.require_unedited()
 
     @final

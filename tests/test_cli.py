@@ -101,13 +101,13 @@ def test_a_pipeline_is_erased_by_uce_unless_told_otherwise(pipeline_folder: Path
 
 
 def test_a_method_for_another_kind_of_model_is_refused(pipeline_folder: Path) -> None:
-    arguments = ["erase", pipeline_folder / "pipe", "--concept", pipeline_folder / "tin.toml", "--method", "leace"]
-    with pytest.raises(ValueError, match="LEACE acts on a LanguageModel, got a DiffusionModel"):
+    arguments = ["erase", pipeline_folder / "pipe", "--concept", pipeline_folder / "tin.toml", "--method", "ear"]
+    with pytest.raises(ValueError, match="EAR acts on: ARImageModel; got: DiffusionModel"):
         conceptx(*arguments, "--out", pipeline_folder / "edit")
 
 
 def test_image_scores_need_judges_that_the_command_line_knows(pipeline_folder: Path) -> None:
-    with pytest.raises(ValueError, match="knows judges for testbed:emoji only"):
+    with pytest.raises(ValueError, match="knows judges for testbed:emoji and testbed:janus only"):
         conceptx("evaluate", pipeline_folder / "pipe", "--tasks", "toy")
 
 

@@ -89,7 +89,7 @@ def test_what_the_algebra_does_not_cover_is_said(folder: Path) -> None:
         (["--add", "cat.toml"], "--add needs --model, to encode the concept"),
         (["--add", "iron.toml", "--model", "pipe"], "retained as well: iron"),
         (["--remove", "tin"], "The ledger holds no concept"),
-        (["--add", "cat.toml", "--model", "llama"], "UCE acts on a DiffusionModel, got a LanguageModel"),
+        (["--add", "cat.toml", "--model", "llama"], "UCE acts on: DiffusionModel or ARImageModel; got: LanguageModel"),
     ],
 )
 def test_what_cannot_be_amended_leaves_the_folder_as_it_was(folder: Path, arguments: list[str], message: str) -> None:

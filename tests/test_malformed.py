@@ -18,7 +18,7 @@ from conceptx.evaluation.benchmark import Benchmark
 from conceptx.evaluation.image_benchmark import ImageBenchmark
 from conceptx.evaluation.report import Report
 from conceptx.geometry import ConceptMap
-from conceptx.methods import ELM, ESD, INLP, LEACE, RLACE, UCE, MeanDifference, PCADirections
+from conceptx.methods import EAR, ELM, ESD, INLP, LEACE, RLACE, UCE, MeanDifference, PCADirections
 from conceptx.models.adapters import linear_modules
 from conceptx.testbeds import emoji
 
@@ -199,12 +199,12 @@ CASES = {
         lambda w: w.folder_of_a_pipeline(
             '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'),
         FileNotFoundError, "No model .*: give a local folder"),
-    "pipeline: vectors are of texts": (
-        lambda w: LEACE().erase(w.pipeline, METALS_CONCEPT),
-        ValueError, "LEACE acts on a LanguageModel, got a DiffusionModel"),
-    "pipeline: ELM": (lambda w: ELM().erase(w.pipeline, METALS_CONCEPT), ValueError, "ELM acts on a LanguageModel"),
-    "model: UCE": (lambda w: UCE().erase(w.model, METALS_CONCEPT), ValueError, "UCE acts on a DiffusionModel, got a L"),
-    "model: ESD": (lambda w: ESD().erase(w.model, METALS_CONCEPT), ValueError, "ESD acts on a DiffusionModel, got a L"),
+    "pipeline: no image tokens": (
+        lambda w: EAR().erase(w.pipeline, METALS_CONCEPT),
+        ValueError, "EAR acts on: ARImageModel; got: DiffusionModel"),
+    "pipeline: ELM": (lambda w: ELM().erase(w.pipeline, METALS_CONCEPT), ValueError, "ELM acts on: LanguageModel"),
+    "model: UCE": (lambda w: UCE().erase(w.model, METALS_CONCEPT), ValueError, "UCE acts on: DiffusionModel or AR"),
+    "model: ESD": (lambda w: ESD().erase(w.model, METALS_CONCEPT), ValueError, "ESD acts on: DiffusionModel; got: L"),
     "pipeline: edit of a language model": (
         lambda w: w.edit(deltas={UP: Dense(torch.ones(48, 32))}).apply(w.pipeline), ValueError, "for another model"),
     "pipeline: edit on a language model": (

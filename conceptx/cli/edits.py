@@ -44,7 +44,10 @@ def erase(
     concept: Annotated[Path, typer.Option(help="A concept file, such as tasks/concepts/capitals.toml.")],
     out: Annotated[Path, typer.Option(help="Folder for the edit. A stopped training goes on when started again.")],
     method: Annotated[
-        str | None, typer.Option(help="See `conceptx methods`; default: elm for language models, uce for images.")
+        str | None,
+        typer.Option(
+            help="See `conceptx methods`; default: elm for a language model, ear for a Janus, uce for a pipeline."
+        ),
     ] = None,
     recipe: Recipe = None,
     setting: Settings = None,
@@ -160,6 +163,4 @@ def methods() -> None:
 
 
 def _usual_method(model: Model) -> str:
-    from conceptx.models import LanguageModel
-
-    return "elm" if isinstance(model, LanguageModel) else "uce"
+    return {"LanguageModel": "elm", "ARImageModel": "ear"}.get(type(model).__name__, "uce")

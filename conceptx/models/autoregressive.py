@@ -442,11 +442,7 @@ class ARImageModel(Wrapper):
         self.require_unedited()
         folded = edit.fold(self)
         require_none(folded.maps)
-        if new := [name for name in folded.deltas if self.parameter(name) is None]:
-            raise ValueError(
-                f"The decoder has no place for the bias {new[0]}; erase with a zero mean instead (Subspace.linear), or "
-                "save the edit as it is."
-            )
+        self.bias_room(name for name in folded.deltas if self.parameter(name) is None)
         with replaced_folder(Path(folder)) as temporary, folded.applied(self):
             self.module.save_pretrained(temporary)
             self.processor.save_pretrained(temporary)

@@ -24,8 +24,8 @@ from conceptx.geometry import ConceptMap
 from conceptx.models import parameters
 from conceptx.models.on_disk import (
     CONFIG,
-    LanguageModelOnDisk,
     ModelOnDisk,
+    PipelineOnDisk,
     Place,
     index_of,
     mapped,
@@ -61,8 +61,8 @@ Plan = Mapping[str, tuple[ConceptMap, ...]]  # layer that changes -> the maps th
 def fold_checkpoint(checkpoint: str | Path, edit: Edit, out: str | Path) -> Folding:
     """Write a copy of a model folder with the edit folded into its weights; the folder itself stays as it is.
 
-    checkpoint: a folder of `transformers` (a causal language model) or `diffusers` (with a `model_index.json`), its
-                weights in safetensors, one file or many.
+    checkpoint: a folder of `transformers` (a causal language model or a Janus) or `diffusers` (with a
+                `model_index.json`), its weights in safetensors, one file or many.
     out:        appears when it is complete, or not at all. May be there if it holds only files of the same names.
 
     Every tensor is bit for bit what folding in memory gives, in the precision in which it is stored. Memory holds the
@@ -125,7 +125,7 @@ def _check_target(source: Path, target: Path, files: Iterable[Path]) -> None:
 def _check_all_edited(source: Path, files: Iterable[Path], host: ModelOnDisk) -> None:
     """Raises ValueError when there are weights that would be copied unedited."""
     edited = {place.file for place in host.stored}
-    others = set() if isinstance(host, LanguageModelOnDisk) else set(host.pipeline.components) - set(host.components)
+    others = set(host.pipeline.components) - set(host.components) if isinstance(host, PipelineOnDisk) else set()
     for file in files:
         if file.suffix == ".safetensors" and file not in edited and file.parts[0] not in others:
             raise ValueError(f"{source / file} belongs to no component and would stay unedited; take it out.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conceptx.edit import Dense, Edit, Fingerprint
+from conceptx.edit import Edit, Fingerprint
 from conceptx.edit.fold import require_none
 from conceptx.geometry import ActivationMap, ConceptMap
 from conceptx.models.diffusion_sites import Denoiser, denoiser_of, hook_prompts, text_encoders, text_sites
@@ -518,17 +518,6 @@ class DiffusionModel(Wrapper):
         self.bias_room(name for name in folded.deltas if self.parameter(name) is None)
         with replaced_folder(Path(folder)) as temporary, folded.applied(self):
             self.pipeline.save_pretrained(temporary)
-
-    def bias_room(self, names: Iterable[str]) -> tuple[dict[str, bool], dict[str, Dense]]:
-        """As of a language model: no component of a pipeline has room for a new bias.
-
-        Raises ValueError that names the first of them, when there is one.
-        """
-        if new := sorted(names):
-            raise ValueError(
-                f"The denoiser has no place for the bias {new[0]}; erase with a zero mean, or save the edit as it is."
-            )
-        return {}, {}
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

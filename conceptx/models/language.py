@@ -277,12 +277,7 @@ class LanguageModel(Wrapper):
             absent = (name for name in sorted(inside - new) if self.parameter(name) is None)
             zeros |= {name: Dense(torch.zeros(self.parameter_shape(name))) for name in absent}
             new -= inside
-        if new:
-            kind = self.module.config.model_type
-            raise ValueError(
-                f"{kind} has no place for the bias {min(new)}; erase with a zero mean instead (Subspace.linear), "
-                "or save the edit as it is."
-            )
+        super().bias_room(new)
         return switches, zeros
 
 

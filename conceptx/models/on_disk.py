@@ -17,10 +17,12 @@ from conceptx.edit import Delta, Fingerprint, Part
 from conceptx.edit.fold import layer_of
 from conceptx.edit.host import WHOLE
 from conceptx.models import parameters
+from conceptx.models.autoregressive import FAMILIES, ARImageModel
 from conceptx.models.base import INDEX, Model, pipeline_index, pipeline_of
 from conceptx.models.diffusion import DiffusionModel
 from conceptx.models.language import LanguageModel
 from conceptx.models.sites import block_of
+from conceptx.models.wrapper import edits_on
 from conceptx.progress import quietly
 from conceptx.store import opened
 
@@ -87,6 +89,14 @@ class LanguageModelOnDisk(OnDisk, LanguageModel):
         self.folder, self.places = folder, _places(module, folder, folder)
 
 
+class ARImageModelOnDisk(OnDisk, ARImageModel):
+    """Without a processor: nothing is drawn."""
+
+    def __init__(self, module: Any, folder: Path) -> None:
+        self.module, self.applied = module, edits_on(module)
+        self.folder, self.places = folder, _places(module, folder, folder)
+
+
 class PipelineOnDisk(OnDisk, DiffusionModel):
     """Its components are subfolders."""
 
@@ -97,7 +107,7 @@ class PipelineOnDisk(OnDisk, DiffusionModel):
         self.places = {_prefix(name) + inside: p for name, places in found.items() for inside, p in places.items()}
 
 
-ModelOnDisk = LanguageModelOnDisk | PipelineOnDisk
+ModelOnDisk = LanguageModelOnDisk | ARImageModelOnDisk | PipelineOnDisk
 
 
 def on_disk(folder: Path) -> ModelOnDisk:
@@ -106,19 +116,22 @@ def on_disk(folder: Path) -> ModelOnDisk:
         return PipelineOnDisk(_pipeline(folder, index), folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no model ({CONFIG} and {INDEX} are missing).")
-    return LanguageModelOnDisk(_language_model(folder), folder)
+    return _of_transformers(folder)
 
 
-def _language_model(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _of_transformers(folder: Path) -> LanguageModelOnDisk | ARImageModelOnDisk:
+    from transformers import AutoConfig, AutoModelForCausalLM, JanusForConditionalGeneration
 
     kind = read_json(folder / CONFIG).get("model_type")
     if not isinstance(kind, str):
         raise ValueError(f"{folder / CONFIG} names no model type of transformers.")
-    block_of(kind)
+    if kind not in FAMILIES:
+        block_of(kind)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if kind in FAMILIES:
+            return ARImageModelOnDisk(JanusForConditionalGeneration(config), folder)
+        return LanguageModelOnDisk(AutoModelForCausalLM.from_config(config, trust_remote_code=False), folder)
 
 
 def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:

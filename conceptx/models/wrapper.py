@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from conceptx.edit import Fingerprint, Part
+from conceptx.edit import Dense, Fingerprint, Part
 from conceptx.models import parameters
 from conceptx.models.sites import Site
 
@@ -104,3 +104,15 @@ class Wrapper(ABC):
     def takes_adapter(self, name: str) -> bool:
         """Whether the parameter is the weight of a linear layer that shares it with no other module."""
         return parameters.takes_adapter(self.module, name)
+
+    def bias_room(self, names: Iterable[str]) -> tuple[dict[str, bool], dict[str, Dense]]:
+        """The configuration switches that make room for new biases, and zeros for the others they bring.
+
+        Here there is no room. Raises ValueError that names the first bias, when there is one.
+        """
+        if new := sorted(names):
+            raise ValueError(
+                f"There is no place for the bias {new[0]}; erase with a zero mean instead (Subspace.linear), or save "
+                "the edit as it is."
+            )
+        return {}, {}

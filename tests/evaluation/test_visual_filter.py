@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hosts import tiny_janus
+from hosts import tiny_janus, tiny_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,8 +85,9 @@ def test_kept_pairs_go_through_a_file_into_a_concept(tmp_path):
         Concept.load(tmp_path / "dog.toml")
 
 
-def test_it_runs_on_a_model_that_draws():
-    found = visual_filter(PAIRS[:1], tiny_janus().generate, _dog_first(), images=1)
+@pytest.mark.parametrize("make", [tiny_janus, tiny_pipeline])
+def test_it_runs_on_every_model_that_draws(make):
+    found = visual_filter(PAIRS[:1], make().generate, _dog_first(), images=1)
     assert found.kept == PAIRS[:1]
 
 

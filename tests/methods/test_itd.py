@@ -216,7 +216,7 @@ WRONG = {
         m, dictionary=shared()
     ),
     "The site text is not inside a text encoder": lambda m: erased(m, site="text"),
-    "acts on a DiffusionModel": lambda m: erased(m.pipeline),
+    "acts on: DiffusionModel": lambda m: erased(m.pipeline),
 }
 
 

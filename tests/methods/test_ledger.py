@@ -134,7 +134,7 @@ def test_a_wrong_model_form_or_name_is_one_sentence():
     ledger = UCE().open(MODEL, CONCEPTS[:2])
     with refused("The ledger was made for another model: text_encoder: "):
         ledger.add(tiny_pipeline("sd1", seed=1), CONCEPTS[2])
-    with refused("UCE acts on a DiffusionModel, got a LanguageModel"):
+    with refused("UCE acts on: DiffusionModel or ARImageModel; got: LanguageModel"):
         ledger.add(tiny(), CONCEPTS[2])
     with ledger.edit().applied(MODEL), refused("An edit is in force"):
         ledger.add(MODEL, CONCEPTS[2])

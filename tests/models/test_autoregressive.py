@@ -61,8 +61,8 @@ def test_the_place_of_a_name_in_a_prompt(model):
 
 
 def test_a_prompt_that_is_too_long_is_refused(model):
-    with pytest.raises(ValueError, match=r"has \d+ tokens, the model reads 32"):
-        model.prompts(["dog " * 40])
+    with pytest.raises(ValueError, match=r"has \d+ tokens, the model reads 128"):
+        model.prompts(["dog " * 140])
     with pytest.raises(ValueError, match="at least one prompt"):
         model.prompts([])
 
@@ -218,3 +218,17 @@ def test_what_cannot_be_wrapped_is_refused(model):
     with pytest.raises(ValueError, match="Unknown autoregressive image model 'llama'"):
         ARImageModel(tiny("llama").module, model.processor)
     assert wrap(model) is model and wrap(model.module, model.processor).applied is model.applied
+
+
+def test_folded_on_the_disk_as_in_memory(tmp_path):
+    """Bit for bit: the same products in the same precision."""
+    from conceptx.models.checkpoints import fold_checkpoint
+
+    model = tiny_janus()
+    model.save_pretrained(tmp_path / "model", Edit(model.fingerprint))
+    space = Subspace.orthogonal(torch.eye(192)[:, :2])
+    edit = Edit(model.fingerprint, maps={"layers.1.attention_input": (space.removal(),)})
+    model.save_pretrained(tmp_path / "memory", edit)
+    fold_checkpoint(tmp_path / "model", edit, tmp_path / "disk")
+    first, second = (load(str(tmp_path / name)) for name in ("memory", "disk"))
+    assert same(state(first), state(second)) and not same(state(first), state(model))
