@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 # -- what settings must be -------------------------------------------------------------------------------------------
+
+
+def require_choices(settings: Any) -> None:
+    """Raises ValueError when a field that is a `Literal` has none of its values."""
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
+        if choices is not None and getattr(settings, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(settings, name)!r}.")
 
 
 def require_positive(settings: object, *names: str) -> None:

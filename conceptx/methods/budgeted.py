@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from conceptx.geometry import ConceptMap
 from conceptx.geometry.budget import Budget, Certificate
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows
+from conceptx.settings import require_choices
 
 Rows = Literal["last", "last+end", "last+rest"]
 
@@ -83,8 +84,7 @@ class Budgeted(Eraser):
     synonyms: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens not in get_args(Rows):
-            raise ValueError(f"tokens must be one of {', '.join(get_args(Rows))}, got {self.tokens!r}.")
+        require_choices(self)
         if not (0 <= self.retain_drift < math.inf and 0 <= self.target_distance < 1):
             raise ValueError("retain_drift must be finite and at least 0, target_distance at least 0 and less than 1.")
         if not 0 < self.largest < math.inf:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from conceptx.geometry import steer
 from conceptx.models import ARImageModel, ImagePrompts, evaluating
 from conceptx.models.adapters import Adapter, adapter_in_place
 from conceptx.models.weights import Student, decoder_in_place
-from conceptx.settings import require_positive, tunable
-from conceptx.train.loop import Plan, state_file, train
+from conceptx.settings import require_choices, require_positive, tunable
+from conceptx.train.loop import Plan, train
 from conceptx.train.processes import one_process
 
 Context = Literal["full", "none"]
@@ -75,8 +75,7 @@ class EAR(Eraser):
     learning_rate: float = tunable(1e-4, 1e-5, 3e-3, log=True)
 
     def __post_init__(self) -> None:
-        if self.context not in get_args(Context):
-            raise ValueError(f"context must be one of {', '.join(get_args(Context))}, got {self.context!r}.")
+        require_choices(self)
         require_positive(self, "window", "rank", "passes", "batch_size", "learning_rate", "temperature")
         if not (math.isfinite(self.negative_guidance) and math.isfinite(self.guidance)):
             raise ValueError("negative_guidance and guidance must be finite.")
@@ -110,7 +109,8 @@ class EAR(Eraser):
         pairs = [pair for each in concepts for pair in pairs_of(each)]
         model.prompts([text for pair in pairs for text in pair])
         record = provenance(self, concepts, seed)
-        plan = self._plan(model, len(pairs), run_identity(record, concepts, model), seed, checkpoint)
+        run, count = run_identity(record, concepts, model), self.steps(model, len(pairs))
+        plan = Plan.bare(count, self.learning_rate, seed=seed, run=run, folder=checkpoint)
         accelerator = one_process(model.device, "EAR")
         with self._student(model, seed) as student:
             steps = _Steps(self, model, student, pairs, seed)
@@ -118,16 +118,9 @@ class EAR(Eraser):
             deltas = student.deltas()
         return Edit(model.fingerprint, deltas=deltas, provenance=(record,))
 
-    def _plan(self, model: ARImageModel, pairs: int, run: str, seed: int, checkpoint: str | Path | None) -> Plan:
-        return Plan(
-            steps=self.passes * math.ceil(pairs / self.batch_size) * self.windows(model),
-            learning_rate=self.learning_rate,
-            seed=seed,
-            run=run,
-            weight_decay=0.0,
-            gradient_clip=0.0,
-            checkpoint=state_file(checkpoint),
-        )
+    def steps(self, model: ARImageModel, pairs: int) -> int:
+        """How many windows the pictures of so many pairs have."""
+        return self.passes * math.ceil(pairs / self.batch_size) * self.windows(model)
 
     def windows(self, model: ARImageModel) -> int:
         """How many updates a picture gives at most."""

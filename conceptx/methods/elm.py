@@ -22,7 +22,7 @@ from conceptx.geometry import steer
 from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.models.adapters import Adapter, inserted, linear_modules, low_rank_deltas
 from conceptx.progress import track
-from conceptx.settings import require_positive, tunable
+from conceptx.settings import require_choices, require_positive, tunable
 from conceptx.store import load_tensors, save_tensors
 from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.order import rows_of_step
@@ -107,6 +107,7 @@ class ELM(Eraser):
     precision: Literal["no", "bf16"] = "no"
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_positive(self, *POSITIVE)
         weights = (self.erase_weight, self.retain_weight, self.fluency_weight)
         if not (min(weights) >= 0 and 0 < max(weights) < math.inf):

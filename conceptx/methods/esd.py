@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from conceptx.geometry import steer
 from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, adapter_in_place
 from conceptx.models.weights import Student, in_float32, weights_in_place
-from conceptx.settings import require_positive
-from conceptx.train.loop import Plan, state_file, train
+from conceptx.settings import require_choices, require_positive
+from conceptx.train.loop import Plan, train
 
 Variant = Literal["x", "u", "full", "x-strict"]
 Trajectory = Literal["edited", "frozen"]
@@ -111,9 +111,7 @@ class ESD(Eraser):
     learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name, choices in (("variant", Variant), ("trajectory", Trajectory), ("phrases", Phrases)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        require_choices(self)
         require_positive(self, "sampling_steps", "rank", "steps", "batch_size", "learning_rate")
         if not (math.isfinite(self.negative_guidance) and math.isfinite(self.guidance)):
             raise ValueError("negative_guidance and guidance must be finite.")
@@ -146,7 +144,8 @@ class ESD(Eraser):
         concepts = as_concepts(concept)
         prompts = _Asked.of(model, self._phrases(concepts), self.erase_from)
         record = provenance(self, concepts, seed)
-        plan = self._plan(run_identity(record, concepts, model), seed, checkpoint)
+        run = run_identity(record, concepts, model)
+        plan = Plan.bare(self.steps, self.learning_rate, seed=seed, run=run, folder=checkpoint)
         accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
         if accelerator.num_processes > 1:
             raise ValueError(f"ESD trains in one process, there are {accelerator.num_processes}; start it alone.")
@@ -161,17 +160,6 @@ class ESD(Eraser):
         mine = (c.prompts if self.phrases == "prompts" else () for c in concepts)
         named = (prompts or (c.name, *c.synonyms) for c, prompts in zip(concepts, mine, strict=True))
         return list(dict.fromkeys(phrase for phrases in named for phrase in phrases))
-
-    def _plan(self, run: str, seed: int, checkpoint: str | Path | None) -> Plan:
-        return Plan(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            seed=seed,
-            run=run,
-            weight_decay=0.0,
-            gradient_clip=0.0,
-            checkpoint=state_file(checkpoint),
-        )
 
     def _student(self, model: DiffusionModel, names: Sequence[str], seed: int) -> AbstractContextManager[Student]:
         if self.rank is None:

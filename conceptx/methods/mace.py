@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
 from conceptx.models.attention_maps import captured, cross_attentions
 from conceptx.models.text_moments import second_moments
 from conceptx.progress import track
-from conceptx.settings import require_not_negative, require_positive, require_templates
+from conceptx.settings import require_choices, require_not_negative, require_positive, require_templates
 from conceptx.store import load_tensors, save_tensors
 from conceptx.train.loop import Plan, train
 from conceptx.train.processes import one_process
@@ -113,8 +113,7 @@ class MACE(Eraser):
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.tokens not in get_args(Tokens):
-            raise ValueError(f"tokens must be one of {', '.join(get_args(Tokens))}, got {self.tokens!r}.")
+        require_choices(self)
         if self.templates:
             require_templates(self.templates)
         require_positive(self, "ridge", "sharpness", "images", "sampling_steps", "rank", "steps", "learning_rate")

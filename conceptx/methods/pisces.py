@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from conceptx.methods import _feature_search as search
 from conceptx.methods._concept_tokens import ConceptTokens, concept_tokens
 from conceptx.methods._feature_search import Candidate, Feature, FeatureSearch, Recording
 from conceptx.models import LanguageModel
-from conceptx.settings import tunable
+from conceptx.settings import require_choices, tunable
 
 logger = logging.getLogger("conceptx")
 Search = Literal["contrast", "logit_lens"]
@@ -84,8 +84,7 @@ class PISCES(Eraser):
             raise ValueError(f"threshold must lie in [0, 1), got {self.threshold}: no row exceeds its own maximum.")
         if not (0 < self.strength < math.inf and 0 < self.search_strength < math.inf):
             raise ValueError("strength and search_strength must be positive and finite.")
-        if self.search not in get_args(Search):
-            raise ValueError(f"search must be one of {', '.join(get_args(Search))}, got {self.search!r}.")
+        require_choices(self)
         if wrong := [n for n in ("per_layer", "min_match", "max_features", "texts", "judged") if getattr(self, n) < 1]:
             raise ValueError(f"{', '.join(wrong)} must be at least 1.")
         for name in (*self.features, *self.veto):

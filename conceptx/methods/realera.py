@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
 from conceptx.models.text_moments import second_moments
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows
-from conceptx.settings import require_not_negative, require_positive
+from conceptx.settings import require_choices, require_not_negative, require_positive
 from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.processes import one_process
 
@@ -85,8 +85,7 @@ class RealEra(Eraser):
     guidance: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.tokens not in get_args(Tokens):
-            raise ValueError(f"tokens must be one of {', '.join(get_args(Tokens))}, got {self.tokens!r}.")
+        require_choices(self)
         require_positive(self, "far_weight", "ridge", "rank", "batch_size", "learning_rate", "sampling_steps")
         require_not_negative(self, "near", "far", "captions_weight", "steps", "keep_weight")
         cosines = [*self.far_cosines, *self.near_cosines]

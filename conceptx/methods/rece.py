@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from conceptx.methods.uce import UCE
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import TokenRows
 from conceptx.progress import track
-from conceptx.settings import require_positive
+from conceptx.settings import require_choices, require_positive
 
 Regulariser = Literal["zero", "standard", "surrogate_outputs", "surrogate_rows", "surrogate_both"]
 Reference = Literal["current", "original"]
@@ -79,9 +79,7 @@ class RECE(Eraser):
     start: UCE = field(default_factory=UCE)
 
     def __post_init__(self) -> None:
-        for name, choices in (("regulariser", Regulariser), ("tokens", RoundTokens), ("reference", Reference)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        require_choices(self)
         require_positive(self, "inversion_ridge", "retain_weight", "ridge")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}.")

@@ -20,7 +20,7 @@ from conceptx.models import LanguageModel, batches, evaluating
 from conceptx.models.passes import activations
 from conceptx.models.weights import Student, decoder_in_place
 from conceptx.settings import require_positive, tunable
-from conceptx.train.loop import Plan, state_file, train
+from conceptx.train.loop import Plan, train
 from conceptx.train.order import rows_of_step
 
 logger = logging.getLogger("conceptx")
@@ -90,7 +90,8 @@ class RMU(Eraser):
         accelerator = Accelerator(cpu=model.device.type == "cpu", device_placement=False)
         if accelerator.num_processes > 1:
             raise ValueError(f"RMU trains in one process, there are {accelerator.num_processes}; start it alone.")
-        plan = self._plan(run_identity(record, concept, model), seed, checkpoint)
+        run = run_identity(record, concept, model)
+        plan = Plan.bare(self.steps, self.learning_rate, seed=seed, run=run, folder=checkpoint)
         with decoder_in_place(model.module, self._parameters(model)) as student:
             steps = _Steps(self, model, student, texts, target.to(model.device), seed)
             train(student.module, steps.of, steps.loss, plan, accelerator)
@@ -122,17 +123,6 @@ class RMU(Eraser):
         length = typical_length(model, rows[:MEASURED], self.site)
         logger.info("median length of the concept's states at layer %d: %.3f", self.layer, length)
         return self.coefficient * length
-
-    def _plan(self, run: str, seed: int, checkpoint: str | Path | None) -> Plan:
-        return Plan(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            seed=seed,
-            run=run,
-            weight_decay=0.0,
-            gradient_clip=0.0,
-            checkpoint=state_file(checkpoint),
-        )
 
 
 def unit_vector(width: int, name: str, seed: int) -> Tensor:

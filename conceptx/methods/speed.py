@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ from conceptx.methods.uce import UCE
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import EMPTY, TokenRows, Tokens
 from conceptx.progress import track
-from conceptx.settings import require_positive
+from conceptx.settings import require_choices, require_positive
 
 Projections = Literal["values", "keys", "both"]
 ENDS = {"values": ("to_v",), "keys": ("to_k",), "both": ("to_k", "to_v")}
@@ -83,9 +83,7 @@ class SPEED(Eraser):
     centroids: int = 3  # k
 
     def __post_init__(self) -> None:
-        for name, choices in (("projections", Projections), ("tokens", Tokens)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        require_choices(self)
         require_positive(self, "null_threshold", "ridge")
         if wrong := [name for name in ("equality_slack", "filter_scale") if not 0 <= getattr(self, name) < math.inf]:
             raise ValueError(f"{', '.join(wrong)} must be zero or positive, and finite.")

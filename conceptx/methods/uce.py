@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from conceptx.geometry.arrays import to_working
 from conceptx.models import DiffusionModel, ImageModel
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows, Tokens
 from conceptx.progress import report
-from conceptx.settings import require_positive, require_templates
+from conceptx.settings import require_choices, require_positive, require_templates
 
 if TYPE_CHECKING:
     from conceptx.methods.ledger import Ledger
@@ -82,9 +82,7 @@ class UCE(Eraser):
     attributes: tuple[tuple[str, float], ...] = ()  # p, a_p
 
     def __post_init__(self) -> None:
-        for name, choices in (("form", Form), ("tokens", Tokens), ("retain_tokens", RetainTokens)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        require_choices(self)
         require_positive(self, "erase_weight", "retain_weight", "ridge")
         require_templates(self.templates)
         if (self.form == "debias") != bool(self.attributes):

@@ -52,6 +52,11 @@ class Plan:
     checkpoint_every: int = 50
     what: str = "training"
 
+    @staticmethod
+    def bare(steps: int, learning_rate: float, *, seed: int, run: str, folder: str | Path | None = None) -> Plan:
+        """Adam as most papers use it, without weight decay or clipping; its state in a checkpoint folder."""
+        return Plan(steps, learning_rate, seed, run, weight_decay=0.0, gradient_clip=0.0, checkpoint=state_file(folder))
+
 
 def train(
     student: nn.Module,

@@ -1,6 +1,7 @@
 """EAR: what its loss is, which weights learn, and that the settings of the published code are among its own."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,8 +112,7 @@ def test_an_infinite_threshold_changes_nothing(model):
 
 def test_a_window_of_one_without_threshold_is_one_update_for_each_token(model):
     settings = EAR(layers=(0, 1), window=1, threshold=0.0)
-    plan = settings._plan(model, 2, "", 0, None)
-    assert plan.steps == 2 * 64 and settings.windows(model) == 64
+    assert settings.steps(model, pairs=2) == 2 * 64 and settings.windows(model) == 64
     with decoder_in_place(model.module, names(model)) as student:
         made = steps(model, student, settings)
         ((drawn, first),) = made.of(5)
@@ -144,8 +144,8 @@ def test_stopped_and_gone_on_is_the_same_edit(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return seen(self, step)
 
-    plan = ear.Plan
-    monkeypatch.setattr(ear, "Plan", lambda **fields: plan(**fields, checkpoint_every=1))
+    bare = ear.Plan.bare
+    monkeypatch.setattr(ear.Plan, "bare", lambda *args, **more: replace(bare(*args, **more), checkpoint_every=1))
     monkeypatch.setattr(_Steps, "of", stops)
     with pytest.raises(KeyboardInterrupt):
         settings.erase(model, DOG, checkpoint=tmp_path)

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import json
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -301,7 +300,10 @@ def test_the_target_comes_closer_to_its_goal_and_no_prompt_moves_less(kind, rank
 @both_forms
 def test_a_run_that_stops_goes_on_to_the_same_edit(rank, tmp_path, monkeypatch):
     settings, losses, loss = change(rank=rank, steps=4), [], esd._loss
-    monkeypatch.setattr(esd, "Plan", partial(Plan, checkpoint_every=2))
+    bare = Plan.bare
+    monkeypatch.setattr(
+        Plan, "bare", lambda *rest, **more: dataclasses.replace(bare(*rest, **more), checkpoint_every=2)
+    )
     model = tiny_pipeline()
 
     def stops(*arguments):
