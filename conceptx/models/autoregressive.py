@@ -359,16 +359,16 @@ class ARImageModel(Wrapper):
         *,
         seeds: Sequence[int],
         guidance: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
     ) -> Tensor:
         """Image tokens (n, `image_tokens`), drawn one after the other with a cache of keys and values.
 
         Logits are l(masked) + guidance (l(prompt) - l(masked)), divided by the temperature; 0: the likeliest token.
-        Row i depends on prompt i and seed i alone.
+        None: as `generate` says.  Row i depends on prompt i and seed i alone.
         """
         from transformers import DynamicCache
 
-        strength, count = self._strength(guidance), len(prompts)
+        strength, heat, count = self._strength(guidance), self._heat(temperature), len(prompts)
         asked = prompts if strength == 1 else prompts + self.unconditional(prompts)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         cache, mask = DynamicCache(), asked.mask
@@ -379,7 +379,7 @@ class ARImageModel(Wrapper):
                 logits = self._head(states[:, -1]).float()
                 if len(asked) > count:
                     logits = logits[count:] + strength * (logits[:count] - logits[count:])
-                found.append(_drawn(logits, draws, temperature))
+                found.append(_drawn(logits, draws, heat))
                 if len(found) == self.image_tokens:
                     return torch.stack(found, 1)
                 mask = F.pad(mask, (0, 1), value=1)
@@ -389,6 +389,10 @@ class ARImageModel(Wrapper):
     def _strength(self, guidance: float | None) -> float:
         own = getattr(self.module.generation_config, "guidance_scale", None)
         return next(float(g) for g in (guidance, self.guidance, own, DEFAULT_GUIDANCE) if g is not None)
+
+    def _heat(self, temperature: float | None) -> float:
+        own = getattr(self.module.generation_config, "temperature", None)
+        return next(float(t) for t in (temperature, own, 1.0) if t is not None)
 
     @torch.no_grad()
     def to_images(self, tokens: Tensor) -> Tensor:
@@ -412,12 +416,13 @@ class ARImageModel(Wrapper):
         *,
         seeds: Sequence[int],
         guidance: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         batch_size: int = 64,
     ) -> Tensor:
         """Images (n, 3, height, width) in [0, 1] on the CPU; image i comes from prompts[i] and seeds[i] alone.
 
-        guidance: 1 or less is none; default: the wrapper's, else the model's.  temperature: of the sampling.
+        guidance: 1 is none; default: the wrapper's, else that of the model's generation configuration, else 5.
+        temperature: of the sampling; default: the model's, else 1.
         Raises ValueError when seeds and prompts differ in number, or a prompt is too long.
         """
         if isinstance(prompts, str) or not len(prompts) or len(prompts) != len(seeds):

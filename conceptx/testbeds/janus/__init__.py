@@ -12,10 +12,10 @@ from typing import Any
 from conceptx.testbeds.emoji.vocabulary import STYLE_NAMES
 from conceptx.testbeds.janus.vocabulary import NUMBERS, OBJECT_NAMES, OBJECTS
 
-__all__ = ["GUIDANCE", "NAME", "NUMBERS", "OBJECTS", "OBJECT_NAMES", "STYLE_NAMES", "folder", "load"]
+__all__ = ["GUIDANCE", "NAME", "NUMBERS", "OBJECTS", "OBJECT_NAMES", "STYLE_NAMES", "TEMPERATURE", "folder", "load"]
 
 NAME = "testbed:janus"
-GUIDANCE = 3.0  # at which the bar was measured, and the default of its generation configuration
+GUIDANCE, TEMPERATURE = 2.0, 0.7  # at which the bar was measured; those of its generation configuration
 
 
 def folder() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conceptx.testbeds.janus import GUIDANCE
+from conceptx.testbeds.janus import GUIDANCE, TEMPERATURE
 from conceptx.testbeds.janus.vocabulary import every_caption
 
 SIDE = 8  # rows and columns of image tokens
@@ -127,6 +127,11 @@ def build_model(tokenizer: Any) -> Any:
     begin = tokenizer.convert_tokens_to_ids(BEGIN)
     # a configuration that the class made itself is not saved with the model
     model.generation_config = GenerationConfig(
-        **special, do_sample=True, guidance_scale=GUIDANCE, generation_kwargs={"boi_token_id": begin}
+        **special,
+        do_sample=True,
+        guidance_scale=GUIDANCE,
+        temperature=TEMPERATURE,
+        top_k=0,  # all codes
+        generation_kwargs={"boi_token_id": begin},
     )
     return model.eval()
