@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Origin = Literal["published", "start", "search"]
 SHOWN = 10  # trials in the table, beside those that have a name
+MOST_COLUMNS = 4  # of settings in a table
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ class Tuning:
         return " = ".join(filter(None, (own, "chosen" if trial is self.best else "")))
 
     def table(self) -> Table:
-        """The best trials on the dev half, then the test half; below it, why trials failed."""
+        """The best trials on the dev half, then the test half; below it, settings too many for columns, and failures."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         table = Table(title=f"{self.method}, {len(self.trials)} trials", title_justify="left", box=SIMPLE_HEAD)
-        for column in ("half", "trial", *self.fields, "removal", "retention", "fluency", "mean", "seconds"):
+        for column in ("half", "trial", *self._columns, "removal", "retention", "fluency", "mean", "seconds"):
             table.add_column(column, justify="left" if column == "half" else "right", overflow="fold")
         table.add_column("")
         for trial in self._shown():
@@ -100,9 +101,18 @@ class Tuning:
         table.add_section()
         for number, report in sorted(self.tests.items()):
             table.add_row("test", *self._row(self.trials[number], quality(report), ""))
-        failed = [f"Trial {t.number}: {t.problem}" for t in self.trials if t.problem]
-        table.caption, table.caption_justify = "\n".join(failed) or None, "left"
+        lines = [] if self._columns else [f"Trial {t.number}: {self._settings(t)}" for t in self._shown()]
+        lines += [f"Trial {t.number}: {t.problem}" for t in self.trials if t.problem]
+        table.caption, table.caption_justify = "\n".join(lines) or None, "left"
         return table
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """Settings that have a column: all, or none where they would not fit a terminal."""
+        return tuple(self.fields) if len(self.fields) <= MOST_COLUMNS else ()
+
+    def _settings(self, trial: Trial) -> str:
+        return ", ".join(f"{name} {_short(trial.settings[name])}" for name in self.fields)
 
     def _shown(self) -> list[Trial]:
         """The best ones and those that have a name, the highest mean first."""
@@ -111,7 +121,7 @@ class Tuning:
 
     def _row(self, trial: Trial, found: Quality, seconds: str) -> list[str]:
         numbers = [f"{value:.3f}" for value in (found.removal, found.retention, found.fluency, found.mean)]
-        settings = [_short(trial.settings[name]) for name in self.fields]
+        settings = [_short(trial.settings[name]) for name in self._columns]
         return [str(trial.number), *settings, *numbers, seconds, self.name(trial)]
 
     def draw(self, path: str | Path) -> Path:

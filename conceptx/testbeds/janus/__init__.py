@@ -15,7 +15,7 @@ from conceptx.testbeds.janus.vocabulary import NUMBERS, OBJECT_NAMES, OBJECTS
 __all__ = ["GUIDANCE", "NAME", "NUMBERS", "OBJECTS", "OBJECT_NAMES", "STYLE_NAMES", "TEMPERATURE", "folder", "load"]
 
 NAME = "testbed:janus"
-GUIDANCE, TEMPERATURE = 2.0, 0.7  # at which the bar was measured; those of its generation configuration
+GUIDANCE, TEMPERATURE = 1.5, 0.5  # at which the bar was measured; those of its generation configuration
 
 
 def folder() -> Path:
