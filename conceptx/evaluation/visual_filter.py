@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from torch import Tensor
 
 from conceptx.concept import Concept
+from conceptx.models import batches
 from conceptx.progress import track
 from conceptx.store import write_atomically
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Pair = tuple[str, str]
+AT_ONCE = 64  # pictures
 Verdict = Literal["kept", "weak", "leaking"]
 WRITER = """Prompts for pictures, each with {name}, and the same prompt with something else in its place.
 1. {name} in the snow -> {anchor} in the snow
@@ -133,10 +135,16 @@ def visual_filter(
 def _scores(
     prompts: Sequence[str], generate: Generator, present: Callable[[Tensor], Tensor], images: int, seed: int
 ) -> Iterator[float]:
-    for prompt in track(prompts, "pairs of prompts"):
-        draw = random.Random(f"{seed} {prompt}")
-        pictures = generate([prompt] * images, seeds=[draw.getrandbits(31) for _ in range(images)])
-        yield float(present(pictures).float().mean())
+    """The mean presence of each prompt, several drawn side by side."""
+    for some in track(list(batches(prompts, max(1, AT_ONCE // images))), "pairs of prompts"):
+        asked = [prompt for prompt in some for _ in range(images)]
+        pictures = generate(asked, seeds=[n for prompt in some for n in _seeds(prompt, images, seed)])
+        yield from present(pictures).float().view(len(some), images).mean(1).tolist()
+
+
+def _seeds(prompt: str, count: int, seed: int) -> list[int]:
+    draw = random.Random(f"{seed} {prompt}")
+    return [draw.getrandbits(31) for _ in range(count)]
 
 
 def _judged(pair: Pair, scores: dict[str, float], threshold: float) -> Judged:

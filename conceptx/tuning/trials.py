@@ -88,7 +88,7 @@ class Tuning:
         return " = ".join(filter(None, (own, "chosen" if trial is self.best else "")))
 
     def table(self) -> Table:
-        """The best trials on the dev half, then the test half; below it, settings too many for columns, and failures."""
+        """The best trials on the dev half, then the test half; below, settings too many for columns, and failures."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
