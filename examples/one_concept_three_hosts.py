@@ -29,7 +29,7 @@ SITES = {  # model -> the site that is shown
     "testbed:emoji": "text_encoder.layers.0",
     "testbed:janus": "layers.2.mlp_input",
 }
-ROWS = ("dimension", "tokens fitted on", "rank", "angle of basis and dual", "probe before", "probe after",
+ROWS = ("site", "dimension", "tokens fitted on", "rank", "angle of basis and dual", "probe before", "probe after",
         "drift of the concept", "drift of the others")  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def column(name: str, concept: Concept) -> Iterator[str]:
     space = LEACE(shrinkage=True).fit(*fitted)  # a language model has nearly as many dimensions as there are tokens
     angle = float(torch.rad2deg(space.angles(Subspace.orthogonal(space.dual.T))[0]))
     seen, labels = held_out
+    yield site
     yield str(space.dim)
     yield str(len(fitted[0]))
     yield str(space.rank)
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table(title=f"{concept.name}: LEACE on {len(columns)} models", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("")
     for name in parsed.models:
-        table.add_column(f"{name}\n{SITES[name]}", justify="right")
+        table.add_column(name, justify="right")
     for row in zip(ROWS, *columns, strict=True):
         table.add_row(*row)
     Console().print(table)
