@@ -22,7 +22,7 @@ from conceptx.models.language import batches
 from conceptx.models.modes import evaluating
 from conceptx.models.passes import hook, seen
 from conceptx.models.sites import LLAMA, SUBLAYER_INPUTS, Site, block_sites
-from conceptx.models.wrapper import Wrapper, edits_on
+from conceptx.models.wrapper import Wrapper, edits_on, refuse_quantised
 from conceptx.progress import track
 from conceptx.store import replaced_folder
 
@@ -79,8 +79,7 @@ class ARImageModel(Wrapper):
         kind = module.config.model_type
         if kind not in FAMILIES:
             raise ValueError(f"Unknown autoregressive image model {kind!r}; known: {', '.join(FAMILIES)}.")
-        if getattr(module.config, "quantization_config", None) is not None:
-            raise ValueError("The model is quantised; load it in float32, bfloat16 or float16 to edit it.")
+        refuse_quantised(module)
         if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
             raise ValueError("The model needs its processor, with a fast tokenizer: wrap(model, processor).")
         self.module = module

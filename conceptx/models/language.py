@@ -19,7 +19,7 @@ from conceptx.geometry import ActivationMap, ConceptMap
 from conceptx.models.modes import evaluating
 from conceptx.models.passes import activations, hook
 from conceptx.models.sites import SUBLAYER_INPUTS, Block, Site, block_of, block_sites
-from conceptx.models.wrapper import Wrapper, edits_on
+from conceptx.models.wrapper import Wrapper, edits_on, refuse_quantised
 from conceptx.store import replaced_folder
 
 
@@ -34,8 +34,7 @@ class LanguageModel(Wrapper):
 
     def __init__(self, module: Any, tokenizer: Any) -> None:
         self.block: Block = block_of(module.config.model_type)
-        if getattr(module.config, "quantization_config", None) is not None:
-            raise ValueError("The model is quantised; load it in float32, bfloat16 or float16 to edit it.")
+        refuse_quantised(module)
         self.module = module
         self.tokenizer = tokenizer
         self.applied = edits_on(module)

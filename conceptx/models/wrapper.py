@@ -23,6 +23,12 @@ def edits_on(module: nn.Module) -> list[Any]:
     return _APPLIED.setdefault(module, [])
 
 
+def refuse_quantised(module: Any) -> None:
+    """Raises ValueError for weights that are no ordinary numbers."""
+    if getattr(module.config, "quantization_config", None) is not None:
+        raise ValueError("The model is quantised; load it in float32, bfloat16 or float16 to edit it.")
+
+
 class Wrapper(ABC):
     """A user's model as methods see it.
 
