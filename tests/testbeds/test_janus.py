@@ -36,7 +36,7 @@ def test_it_is_an_ordinary_model_of_transformers(model):
 
 
 def test_the_judges_recognise_what_it_draws(model):
-    """One picture of each object in one of the styles: 64, so the standard error at .9 is .04, and the limit lies four of
+    """One picture of each object in one of the styles: 64, so the standard error at .9 is .04; the limit lies four of
     them below. The bar (.9 for both) was measured on 1,280 (docs/janus-testbed.md)."""
     styles = [n % 4 for n in range(len(janus.OBJECTS))]
     prompts = [
