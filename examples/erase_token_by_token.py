@@ -4,7 +4,8 @@ python examples/erase_token_by_token.py pairs       # ECGVF: pairs of prompts th
 python examples/erase_token_by_token.py objects --seeds 0 1 2
 python examples/erase_token_by_token.py style --seeds 0 1 2
 python examples/erase_token_by_token.py ablations --objects dog pizza --seeds 0 1 2
-python examples/erase_token_by_token.py tables      # print what was measured and draw the pictures
+python examples/erase_token_by_token.py tables      # print what was measured, draw the windows' curve
+python examples/erase_token_by_token.py sheet       # the dog, un-edited and edited
 
 Every cell is a file in the output folder; those that are there are not measured again, so several of these can run side
 by side and a stopped one goes on. Edits are kept under runs/.
@@ -37,11 +38,10 @@ from conceptx.testbeds import emoji, janus
 OBJECTS = ("dog", "cat", "horse", "rabbit", "pizza", "strawberry", "guitar", "car")
 STYLE = "ink"
 WINDOWS = (1, 4, 8, 16, 32, 64)
+# "window-1" is EAR without windowed accumulation, "window-16" the recipe without thresholded masking.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     **{f"window-{window}": {"window": window, "threshold": 0.0} for window in WINDOWS},
     "full": {},
-    "unmasked": {"threshold": 0.0},
-    "alone": {"window": 1, "threshold": 0.0},
     "no-context": {"context": "none"},
     "shared": {"shared": True},
 }
@@ -105,11 +105,11 @@ class Study:
         Console(width=140).print(found.table())
         found.save(tasks_folder() / "concepts" / "pairs" / f"{what}.jsonl")
 
-    def sheet(self, what: str, variant: str, seed: int, path: Path) -> None:
-        """A few prompts of each role, un-edited and edited."""
+    def sheet(self, what: str, path: Path) -> None:
+        """A few prompts of each role, un-edited, after EAR and after UCE (seed 0)."""
         concept = Concept.load(tasks_folder() / "concepts" / f"{what}.toml")
-        edit = Edit.load(self.edits / f"{what}-{variant}-{seed}")
-        contact_sheet(path, self.model, {"EAR": edit}, benchmark(concept.kind, seed).samples([concept], each=5))
+        edits = {name: self.edit(f"{what}-{v}-0", concept, v, 0)[0] for name, v in (("EAR", "full"), ("UCE", "uce"))}
+        contact_sheet(path, self.model, edits, benchmark(concept.kind, 0).samples([concept], each=5))
 
 
 def templates(concept: Concept) -> list[str]:
@@ -207,7 +207,7 @@ def draw_windows(out: Path, path: Path, names: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["pairs", "objects", "style", "ablations", "tables"])
+    parser.add_argument("part", choices=["pairs", "objects", "style", "ablations", "tables", "sheet"])
     parser.add_argument("--objects", nargs="+", default=list(OBJECTS), choices=list(OBJECTS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, "uce"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -219,7 +219,9 @@ def main() -> None:
         if arguments.part == "pairs":
             for what in (*arguments.objects, STYLE):
                 study.pairs(what)
-        for seed in arguments.seeds if arguments.part not in ("pairs", "tables") else ():
+        if arguments.part == "sheet":
+            study.sheet("dog", Path("docs/pictures/ear-dog.png"))
+        for seed in arguments.seeds if arguments.part in ("objects", "style", "ablations") else ():
             for what in (STYLE,) if arguments.part == "style" else arguments.objects:
                 for variant in arguments.variants if arguments.part == "ablations" else ("full", "uce"):
                     study.cell(what, variant, seed)

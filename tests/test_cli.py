@@ -67,6 +67,12 @@ def test_a_vector_method_erases_a_model_too(folder: Path) -> None:
     assert "LEACE(metals): 6 maps" in output
 
 
+def test_a_vector_method_is_told_where_to_act(folder: Path) -> None:
+    where = ["--set", 'sites=["layers.1.mlp_input"]', "--method", "leace", "--out", folder / "e"]
+    conceptx("erase", folder / "model", "--concept", folder / "metals.toml", *where)
+    assert list(Edit.load(folder / "e").maps) == ["layers.1.mlp_input"]
+
+
 def test_evaluate_prints_and_writes_both_values(folder: Path) -> None:
     conceptx(
         *("erase", folder / "model", "--concept", folder / "metals.toml", "--method", "leace", "--out", folder / "e")

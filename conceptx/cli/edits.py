@@ -15,6 +15,7 @@ from conceptx.cli.frame import (
     Recipe,
     Settings,
     app,
+    eraser_and_sites,
     eraser_of,
     load_language_model,
     load_model,
@@ -73,6 +74,9 @@ def erase(
         --recipe tasks/recipes/smollm2/elm.toml --out runs/no-elements --peft runs/no-elements-lora
 
         conceptx erase testbed:emoji --concept tasks/concepts/dog.toml --out runs/no-dog --lora runs/no-dog.safetensors
+
+        conceptx erase testbed:janus --concept tasks/concepts/dog.toml --method rlace
+        --set 'sites=["prompt.layers.0.attention_input"]' --out runs/no-dog-janus
     """
     import inspect
     import os
@@ -83,15 +87,17 @@ def erase(
 
     what = Concept.load(concept)
     if method is not None:
-        eraser = eraser_of(method, recipe, setting or [])  # a wrong setting is said before a model is loaded
+        eraser, sites = eraser_and_sites(method, recipe, setting or [])  # wrong settings are said before a model loads
     host = load_model(model, dtype, device)
     if method is None:
-        eraser = eraser_of(_usual_method(host), recipe, setting or [])
+        eraser, sites = eraser_and_sites(_usual_method(host), recipe, setting or [])
     resumes = "checkpoint" in inspect.signature(eraser.erase).parameters
-    resume: dict[str, Any] = {"checkpoint": out / "checkpoint"} if resumes else {}
+    more: dict[str, Any] = {"checkpoint": out / "checkpoint"} if resumes else {}
+    if sites is not None:
+        more["sites"] = sites
     opened = open_ledger(eraser, host, what) if ledger else None
     with shown():
-        edit = eraser.erase(host, what, seed=seed, **resume) if opened is None else opened.edit(seed=seed)
+        edit = eraser.erase(host, what, seed=seed, **more) if opened is None else opened.edit(seed=seed)
     if int(os.environ.get("RANK", "0")) > 0:
         return  # one of several processes; the first one writes
     edit.save(out)

@@ -41,16 +41,24 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: cuda
 
 def eraser_of(method: str, recipe: Path | None, settings: list[str]) -> Eraser:
     """The eraser with settings from a file, then from the command line."""
+    return eraser_and_sites(method, recipe, settings)[0]
+
+
+def eraser_and_sites(method: str, recipe: Path | None, settings: list[str]) -> tuple[Eraser, tuple[str, ...] | None]:
+    """The eraser, and where a method on vectors shall act: `sites` of a recipe is an argument, no setting."""
     from conceptx import methods as registry
+    from conceptx.eraser import VectorEraser
     from conceptx.settings import read_recipe
 
     names = {module: name for name, module in registry.MODULES.items()}
     if method not in names:
         raise ValueError(f"Unknown method {method!r}; available: {', '.join(sorted(names))}.")
+    kind = getattr(registry, names[method])
     values = {} if recipe is None else read_recipe(recipe)
     for text in settings:
         values |= setting_of(text)
-    return getattr(registry, names[method]).from_settings(values)
+    sites = values.pop("sites", None) if issubclass(kind, VectorEraser) else None
+    return kind.from_settings(values), None if sites is None else tuple(sites)
 
 
 def setting_of(text: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from conceptx.cli.frame import (
     Recipe,
     app,
     attack_of,
+    eraser_and_sites,
     eraser_of,
     load_language_model,
 )
@@ -177,17 +178,12 @@ def _measured(name: str) -> tuple[Concept, Benchmark]:
 
 
 def _contender(method: str, concept: str, recipes: Path | None) -> Contender:
-    """With the concept's own recipe, the method's, or the published settings. `sites` is an argument, no setting."""
+    """With the concept's own recipe, the method's, or the published settings."""
     from conceptx.comparing import Contender
-    from conceptx.settings import read_recipe
 
     concept = Path(concept).stem
     places = [] if recipes is None else [recipes / concept / f"{method}.toml", recipes / f"{method}.toml"]
-    values: dict[str, Any] = next((read_recipe(path) for path in places if path.is_file()), {})
-    sites = values.pop("sites", None)
-    return Contender(
-        method, type(eraser_of(method, None, [])).from_settings(values), None if sites is None else tuple(sites)
-    )
+    return Contender(method, *eraser_and_sites(method, next((path for path in places if path.is_file()), None), []))
 
 
 def _detached(out: Path) -> None:

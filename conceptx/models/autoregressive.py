@@ -29,7 +29,9 @@ from conceptx.store import replaced_folder
 FAMILIES = ("janus",)
 DECODER = "model.language_model"
 BLOCK = replace(LLAMA, layers=f"{DECODER}.layers")
+EMBEDDING = f"{DECODER}.embed_tokens"
 HEAD = "model.generation_head"
+PROMPT = "prompt."  # before the name of a site: of the prompt's tokens alone
 MARK = "\ue000"  # stands for the prompt while the chat template is looked at
 DEFAULT_GUIDANCE = 5.0  # what the published models were drawn with
 
@@ -69,8 +71,9 @@ class ARImageModel(Wrapper):
     guidance:  strength of the classifier-free guidance where `generate` is given none (None: the model's own).
 
     Sites: "text", the rows of a prompt's tokens that the decoder reads (image tokens do not pass it); those of the
-    decoder's layers, as a language model has them, which text and image tokens pass; and "image_head", from which
-    image tokens are predicted.
+    decoder's layers, as a language model has them, which text and image tokens pass; the same with "prompt." before
+    them, where a map acts on the prompt's tokens alone (and so cannot be folded); and "image_head", from which image
+    tokens are predicted.
 
     Raises ValueError when the architecture is unknown, the model is quantised, or the tokenizer tells no offsets.
     """
@@ -109,14 +112,15 @@ class ARImageModel(Wrapper):
     def sites(self) -> Mapping[str, Site]:
         """Every site by name: the prompt's rows, the layers from first to last, the head of the image tokens."""
         layers = [site for layer in range(self.depth) for site in block_sites(BLOCK, layer)]
-        text = Site("text", f"{DECODER}.embed_tokens", "output")
+        prompts = [replace(s, name=PROMPT + s.name, readers=()) for s in layers if s.name.endswith(SUBLAYER_INPUTS)]
+        text = Site("text", EMBEDDING, "output")
         head = Site("image_head", HEAD, "input", (f"{HEAD}.proj_out",))
-        return {site.name: site for site in (text, *layers, head)}
+        return {site.name: site for site in (text, *prompts, *layers, head)}
 
     @property
     def default_sites(self) -> tuple[str, ...]:
-        """The inputs of all attention and MLP sublayers."""
-        return tuple(name for name in self.sites if name.endswith(SUBLAYER_INPUTS))
+        """The inputs of all attention and MLP sublayers, of the prompt's tokens."""
+        return tuple(name for name in self.sites if name.startswith(PROMPT))
 
     def width(self, site: str) -> int:
         """The dimension of the activations at a site."""
@@ -148,7 +152,8 @@ class ARImageModel(Wrapper):
         """
         if not isinstance(concept_map, ConceptMap):
             raise ValueError("A map of whole prompts acts inside the text encoders of a pipeline, not in this model.")
-        return hook(self.module, self.site(site), concept_map.to(self.device))
+        place, here = self.site(site), concept_map.to(self.device)
+        return _PromptHooks(self.module, place, here) if site.startswith(PROMPT) else hook(self.module, place, here)
 
     # -- prompts -----------------------------------------------------------------------------------------------
 
@@ -244,7 +249,7 @@ class ARImageModel(Wrapper):
         places = torch.arange(asked.ids.shape[1], device=self.device)
         ids = asked.ids.gather(1, (places + asked.ids.shape[1] - lengths[:, None]).clamp(max=asked.ids.shape[1] - 1))
         ids = torch.where(places < lengths[:, None], ids, self._pad)
-        states = self.module.get_submodule(f"{DECODER}.embed_tokens")(ids)
+        states = self.module.get_submodule(EMBEDDING)(ids)
         return Prompts(tuple(prompts), states, None, spans[:, 0], spans[:, 1])
 
     # -- states ------------------------------------------------------------------------------------------------
@@ -450,6 +455,35 @@ class ARImageModel(Wrapper):
         with replaced_folder(Path(folder)) as temporary, folded.applied(self):
             self.module.save_pretrained(temporary)
             self.processor.save_pretrained(temporary)
+
+
+class _PromptHooks:
+    """A map of the prompt's tokens alone: the rows of a call of the decoder that the table of words has just given."""
+
+    def __init__(self, module: nn.Module, site: Site, concept_map: ConceptMap) -> None:
+        self._map, self._count = concept_map, 0
+        self._given: Tensor | None = None
+        self._handles = [
+            module.get_submodule(EMBEDDING).register_forward_hook(self._remember),
+            module.get_submodule(DECODER).register_forward_pre_hook(self._begin, with_kwargs=True),
+            hook(module, site, self._change),
+        ]
+
+    def _remember(self, _: nn.Module, __: Any, rows: Tensor) -> None:
+        self._given = rows
+
+    def _begin(self, _: nn.Module, __: Any, asked: dict[str, Any]) -> None:
+        given, read = self._given, asked.get("inputs_embeds")
+        self._given, self._count = None, 0
+        if given is not None and read is not None and torch.equal(read[:, : given.shape[1]], given):
+            self._count = given.shape[1]
+
+    def _change(self, x: Tensor) -> Tensor:
+        return torch.cat([self._map(x[:, : self._count]), x[:, self._count :]], 1) if self._count else x
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def _drawn(logits: Tensor, draws: Sequence[torch.Generator], temperature: float) -> Tensor:

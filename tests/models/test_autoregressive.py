@@ -232,3 +232,48 @@ def test_folded_on_the_disk_as_in_memory(tmp_path):
     fold_checkpoint(tmp_path / "model", edit, tmp_path / "disk")
     first, second = (load(str(tmp_path / name)) for name in ("memory", "disk"))
     assert same(state(first), state(second)) and not same(state(first), state(model))
+
+
+@torch.no_grad()
+def test_a_map_of_the_prompt_leaves_image_tokens_alone(drawn):
+    """What passes behind the prompt is what passed before; in one pass, behind a cache, and by plain transformers."""
+    model = tiny_janus()
+    prompts, site = model.prompts(TEXTS), "layers.0.mlp_input"
+    edit = Edit(model.fingerprint, maps={f"prompt.{site}": (Subspace.orthogonal(torch.eye(192)[:, :9]).removal(),)})
+    whole = Edit(model.fingerprint, maps={site: (Subspace.orthogonal(torch.eye(192)[:, :9]).removal(),)})
+    length, last = (
+        prompts.ids.shape[1],
+        model.module.get_submodule("model.language_model.layers.0.post_attention_layernorm"),
+    )
+    found = []
+    handle = last.register_forward_hook(lambda *call: found.append(call[-1]))
+    try:
+        for change in (edit, whole):
+            with change.applied(model):
+                model._read(prompts, drawn[:, :5])
+        model._read(prompts, drawn[:, :5])
+    finally:
+        handle.remove()
+    mapped, everywhere, plain = found
+    assert torch.equal(mapped[:, length:], plain[:, length:]) and torch.equal(
+        mapped[:, :length], everywhere[:, :length]
+    )
+    assert (
+        not torch.equal(everywhere[:, length:], plain[:, length:]) and float(mapped[:, :length, :9].abs().max()) < 1e-5
+    )
+    with edit.applied(model):
+        alone = model.predict_alone(drawn[:, :30])
+        model.encode(TEXTS)  # rows that no decoder reads
+        assert torch.equal(model.predict_alone(drawn[:, :30]), alone)
+        part, parts = model.predict(prompts, drawn[:, :9]), model.predict(prompts, drawn[:, :9], since=4)
+        assert torch.allclose(part[:, 4:], parts, atol=2e-5)
+        theirs = model.module.generate(
+            inputs=prompts.ids,
+            attention_mask=prompts.mask,
+            generation_mode="image",
+            do_sample=False,
+            guidance_scale=3.0,
+        )
+        assert torch.equal(model.sample(prompts, seeds=[0, 0, 0], guidance=3.0, temperature=0), theirs)
+    with pytest.raises(ValueError, match=r"cannot be folded|no linear layer"):
+        model.save_pretrained("never", edit)
