@@ -42,8 +42,10 @@ WINDOWS = (1, 4, 8, 16, 32, 64)
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     **{f"window-{window}": {"window": window, "threshold": 0.0} for window in WINDOWS},
     "full": {},
-    "no-context": {"context": "none"},
-    "shared": {"shared": True},
+    "window-64-again": {"window": 64, "threshold": 0.0, "passes": 4},  # as many updates as with 16
+    "no-context": {"context": "none", "threshold": 0.0},
+    "own-tokens": {"shared": False, "threshold": 0.0},
+    "as-published": {"context": "none", "shared": False, "threshold": 0.0},
 }
 COLUMNS = (
     ("target", "Acc_e"),
