@@ -42,11 +42,13 @@ WINDOWS = (1, 4, 8, 16, 32, 64)
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     **{f"window-{window}": {"window": window, "threshold": 0.0} for window in WINDOWS},
     "full": {},
+    "unmasked": {"threshold": 0.0},  # of a style; of an object it is "window-16"
     "window-64-again": {"window": 64, "threshold": 0.0, "passes": 4},  # as many updates as with 16
     "no-context": {"context": "none", "threshold": 0.0},
     "own-tokens": {"shared": False, "threshold": 0.0},
     "as-published": {"context": "none", "shared": False, "threshold": 0.0},
 }
+CELLS = {"objects": ("full", "uce"), "style": ("full", "unmasked", "uce")}
 COLUMNS = (
     ("target", "Acc_e"),
     ("general", "Acc_g"),
@@ -225,7 +227,7 @@ def main() -> None:
             study.sheet("dog", Path("docs/pictures/ear-dog.png"))
         for seed in arguments.seeds if arguments.part in ("objects", "style", "ablations") else ():
             for what in (STYLE,) if arguments.part == "style" else arguments.objects:
-                for variant in arguments.variants if arguments.part == "ablations" else ("full", "uce"):
+                for variant in arguments.variants if arguments.part == "ablations" else CELLS[arguments.part]:
                     study.cell(what, variant, seed)
     if arguments.part == "tables":
         for names in (OBJECTS, (STYLE,), arguments.objects):
