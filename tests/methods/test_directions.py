@@ -66,5 +66,5 @@ def test_methods_load_by_name_and_unknown_ones_are_named():
     for name in ("LEACE", "RLACE", "INLP", "MeanDifference", "PCADirections"):
         assert getattr(conceptx.methods, name).__name__ == name
     assert sorted(conceptx.methods.MODULES) == sorted(conceptx.methods.__all__) == sorted(dir(conceptx.methods))
-    with pytest.raises(AttributeError, match="available: Budgeted, DirectionalAblation, ELM"):
+    with pytest.raises(AttributeError, match="available: Budgeted, DirectionalAblation, EAR, ELM"):
         _ = conceptx.methods.LEECE

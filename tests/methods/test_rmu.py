@@ -16,7 +16,7 @@ from conceptx.evaluation.lm_eval import evaluate
 from conceptx.methods import rmu
 from conceptx.methods.rmu import RMU
 from conceptx.models.passes import activations
-from conceptx.models.weights import weights_in_place
+from conceptx.models.weights import decoder_in_place, weights_in_place
 from conceptx.places import tasks_folder
 from conceptx.settings import read_recipe, tunable_fields
 from conceptx.train.order import rows_of_step
@@ -61,7 +61,7 @@ def steps_of(model, student, settings=QUICK, concept=CONCEPT, seed=0):
 def losses(model, texts, settings=QUICK):
     """(forget, retain) terms of some texts, before the first step."""
     rows = model.encode(texts)
-    with rmu._student(model, settings._parameters(model)) as student:
+    with decoder_in_place(model.module, settings._parameters(model)) as student:
         steps = steps_of(model, student, settings)
         return tuple(steps.loss(None, (kind, rows)) for kind in ("forget", "retain"))
 

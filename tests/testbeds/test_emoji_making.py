@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from conceptx.testbeds import stages
 from conceptx.testbeds.emoji import networks
 from conceptx.testbeds.emoji.drawings import Variation, contact_sheet, pictures, stamped
 from conceptx.testbeds.emoji.shipping import attribution, held_out
