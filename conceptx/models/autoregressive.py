@@ -398,19 +398,22 @@ class ARImageModel(Wrapper):
         own = getattr(self.module.generation_config, "temperature", None)
         return next(float(t) for t in (temperature, own, 1.0) if t is not None)
 
+    def _pixels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread (3, 1, 1) by which the processor scales pictures."""
+        settings = self.processor.image_processor
+        return like.new_tensor(settings.image_mean)[:, None, None], like.new_tensor(settings.image_std)[:, None, None]
+
     @torch.no_grad()
     def to_images(self, tokens: Tensor) -> Tensor:
         """Pictures (n, 3, h, w) in [0, 1] of image tokens (n, `image_tokens`)."""
         made = self.module.model.vqmodel.decode(tokens).float()
-        settings = self.processor.image_processor
-        mean, spread = (made.new_tensor(v)[:, None, None] for v in (settings.image_mean, settings.image_std))
+        mean, spread = self._pixels(made)
         return (made * spread + mean).clamp(0, 1)
 
     @torch.no_grad()
     def to_tokens(self, images: Tensor) -> Tensor:
         """Image tokens (n, `image_tokens`) of pictures (n, 3, h, w) in [0, 1] of the model's own size."""
-        settings = self.processor.image_processor
-        mean, spread = (images.new_tensor(v)[:, None, None] for v in (settings.image_mean, settings.image_std))
+        mean, spread = self._pixels(images)
         pixels = ((images - mean) / spread).to(self.device, self.dtype)
         return self.module.model.vqmodel.encode(pixels).image_tokens.view(len(images), -1)
 

@@ -82,11 +82,11 @@ def measure(images: Tensor, objects: Tensor, styles: Tensor, source: Path | None
     right, style_right = said == objects, style_said == styles
     return {
         "n": len(images),
-        "object_accuracy": _share(right),
-        "style_accuracy": _share(style_right),
-        "both": _share(right & style_right),
-        "rejected": _share(said == len(OBJECTS)),
-        "watermark": _share(court.watermark(images) > 0.5),
+        "object_accuracy": share(right),
+        "style_accuracy": share(style_right),
+        "both": share(right & style_right),
+        "rejected": share(said == len(OBJECTS)),
+        "watermark": share(court.watermark(images) > 0.5),
         "weakest": _below(0.9, {name: right[objects == o] for o, name in enumerate(OBJECT_NAMES)}),
         "weakest_cells": _below(
             0.6,
@@ -99,12 +99,13 @@ def measure(images: Tensor, objects: Tensor, styles: Tensor, source: Path | None
     }
 
 
-def _share(hits: Tensor) -> float:
+def share(hits: Tensor) -> float:
+    """Of booleans, to four places."""
     return round(float(hits.float().mean()), 4)
 
 
 def _below(limit: float, hits: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: _share(row) for name, row in hits.items() if len(row) and _share(row) < limit}
+    return {name: share(row) for name, row in hits.items() if len(row) and share(row) < limit}
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,11 +163,11 @@ def judge_accuracy(drawings: Tensor, source: Path | None, *, rounds: int = 6) ->
         data = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         said, real = court.objects(data["images"]).argmax(1), data["objects"] < len(OBJECTS)
         found |= {
-            f"{name}: object": _share((said == data["objects"])[real]),
-            f"{name}: style": _share((court.styles(data["images"]).argmax(1) == data["styles"])[real]),
-            f"{name}: watermark": _share(((court.watermark(data["images"]) > 0.5) == (data["watermark"] > 0))[real]),
-            f"{name}: unsafe": _share(((court.unsafe(data["images"]) > 0.5) == (data["unsafe"] > 0))[real]),
-            f"{name}: none of these": _share(said[~real] == len(OBJECTS)),
+            f"{name}: object": share((said == data["objects"])[real]),
+            f"{name}: style": share((court.styles(data["images"]).argmax(1) == data["styles"])[real]),
+            f"{name}: watermark": share(((court.watermark(data["images"]) > 0.5) == (data["watermark"] > 0))[real]),
+            f"{name}: unsafe": share(((court.unsafe(data["images"]) > 0.5) == (data["unsafe"] > 0))[real]),
+            f"{name}: none of these": share(said[~real] == len(OBJECTS)),
         }
     return found
 

@@ -14,7 +14,7 @@ from conceptx.progress import track
 from conceptx.store import write_atomically
 from conceptx.testbeds.emoji import judges
 from conceptx.testbeds.emoji.drawings import pictures
-from conceptx.testbeds.emoji.shipping import attribution
+from conceptx.testbeds.emoji.shipping import attribution, share
 from conceptx.testbeds.janus import networks
 from conceptx.testbeds.janus.training import SEEN, Workshop
 
@@ -47,7 +47,7 @@ def reconstruction(workshop: Workshop, *, rounds: int = 4) -> dict[str, Any]:
     return {
         "n": len(after),
         **{
-            f"{what}_{kind}": _share(said(images).argmax(1) == right)
+            f"{what}_{kind}": share(said(images).argmax(1) == right)
             for kind, images in (("before", before), ("after", after))
             for what, said, right in (("object", court.objects, objects), ("style", court.styles, styles))
         },
@@ -76,7 +76,3 @@ def draw(
 def _asked(processor: Any, prompt: str) -> str:
     message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
     return processor.apply_chat_template(message, add_generation_prompt=True)
-
-
-def _share(hits: Tensor) -> float:
-    return round(float(hits.float().mean()), 4)
