@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -138,6 +140,32 @@ class Concept(BaseModel):
                 raise ValueError(f"{path}: {key} must be a list of files, got {names!r}.")
             fields[key] = [str(_inside(path.parent, name, "picture file")) for name in names]
         return Concept(**fields)
+
+
+def whole_words(*names: str) -> re.Pattern[str]:
+    """Finds any of the names as whole words, upper and lower case alike; where one begins another, the longer.
+
+    Raises ValueError when there is none, or when one is blank: it would be found everywhere.
+    """
+    if not names or any(not name.strip() for name in names):
+        raise ValueError(f"Words to look for must not be blank, got {names}.")
+    longest_first = sorted((name.strip() for name in names), key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+
+
+def pairs_of(concept: Concept) -> Sequence[tuple[str, str]]:
+    """(with, without): the concept's pairs, or its prompts with the anchor in the place of its name.
+
+    Raises ValueError when it has neither pairs nor an anchor, or when a prompt does not hold the name as whole words.
+    """
+    if concept.pairs:
+        return concept.pairs
+    if not (anchor := (concept.anchor or "").strip()):
+        raise ValueError(f"Pairs of prompts need an anchor, or to be given; {concept.name!r} has neither.")
+    name, prompts = whole_words(concept.name), concept.prompts or (concept.name,)
+    if without := [prompt for prompt in prompts if not name.search(prompt)]:
+        raise ValueError(f"The prompt {without[0]!r} does not hold {concept.name!r} as whole words; give pairs.")
+    return [(prompt, name.sub(lambda _: anchor, prompt)) for prompt in prompts]
 
 
 def pictures(concept: Concept) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from conceptx import Concept, Edit, Report, load
 from conceptx.evaluation.contact_sheet import contact_sheet
 from conceptx.evaluation.image_benchmark import ImageBenchmark
 from conceptx.evaluation.images import Unedited, evaluate_images
-from conceptx.evaluation.visual_filter import template_pairs, visual_filter
+from conceptx.evaluation.visual_filter import presence, template_pairs, visual_filter
 from conceptx.methods import EAR, UCE
 from conceptx.models import ARImageModel
 from conceptx.places import tasks_folder
@@ -99,13 +99,8 @@ class Study:
         """Every trained template with the name and with its anchor, filtered by what the model draws."""
         concept = Concept.load(tasks_folder() / "concepts" / f"{what}.toml")
         assert concept.anchor is not None
-        judges = emoji.judges()
-        said, known = (
-            (judges.styles, judges.style_names) if concept.kind == "style" else (judges.objects, judges.object_names)
-        )
-        number = known.index(concept.name)
         written = template_pairs(templates(concept), concept.name, [concept.anchor])
-        found = visual_filter(written, self.model.generate, lambda images: said(images)[:, number].exp())
+        found = visual_filter(written, self.model.generate, presence(emoji.judges(), concept))
         Console(width=140).print(found.table())
         found.save(tasks_folder() / "concepts" / "pairs" / f"{what}.jsonl")
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from hosts import tiny
+from hosts import tiny, tiny_janus
 
 from conceptx import progress
 from conceptx.concept import Concept
-from conceptx.edit import Edit, LowRank
+from conceptx.edit import Dense, Edit, LowRank
 from conceptx.eraser import Eraser, provenance
 from conceptx.evaluation.benchmark import Benchmark
+from conceptx.evaluation.image_benchmark import ImageBenchmark
+from conceptx.evaluation.images import evaluate_images
 from conceptx.evaluation.report import Report, Score
 from conceptx.methods import LEACE
-from conceptx.models import LanguageModel
+from conceptx.models import ARImageModel, LanguageModel
 from conceptx.settings import read_recipe, tunable
 from conceptx.tuning import Quality, Trial, Tuning, quality, tune
 from conceptx.tuning.picture import pareto
@@ -145,6 +147,35 @@ def test_what_cannot_be_computed_is_said(missing: set[str], said: str) -> None:
         quality(report_of(GONE))
     with pytest.raises(FloatingPointError, match="cx_perplexity is not a number"):
         judged(perplexity=math.nan)
+
+
+# -- the objective of pictures -----------------------------------------------------------------------------------------
+
+DRAWN = {
+    ("target", "Acc_e"): 0.96,
+    ("target", "style_kept"): 0.8,
+    ("general", "Acc_g"): 0.9,
+    ("others", "Acc_s"): 0.95,
+    ("others", "style_acc"): 0.85,
+    ("others", "reject"): 0.02,
+}
+
+
+def seen(*left_out: str, **changes: float) -> Quality:
+    """Of a report in which these metrics changed."""
+    after = {column: changes.get(column[1], value) for column, value in DRAWN.items()}
+    rows = [Score(*column, value, 40, unedited=DRAWN[column]) for column, value in after.items()]
+    return quality(Report(tuple(row for row in rows if row.metric not in left_out)))
+
+
+def test_the_quality_of_pictures_is_what_the_definition_says() -> None:
+    assert seen() == Quality(0, 1, 1) and seen(Acc_e=0, Acc_g=0) == Quality(1, 1, 1)
+    assert seen(Acc_e=0.24, Acc_g=0.45).removal == pytest.approx((0.75 + 0.5) / 2)
+    assert seen("Acc_g", Acc_e=0.24).removal == pytest.approx(0.75)
+    assert seen(Acc_s=0.855).retention == pytest.approx(0.9)
+    for change, share in (({"style_acc": 0.17}, 0.2), ({"style_kept": 0.2}, 0.25), ({"reject": 0.51}, 0.5)):
+        assert seen(**change) == Quality(0, 1, pytest.approx(share))
+    assert seen("style_kept", "style_acc", reject=0.51).fluency == pytest.approx(0.5)  # no names of the other kind
 
 
 # -- a method and a benchmark with a known optimum ---------------------------------------------------------------------
@@ -323,6 +354,74 @@ def test_the_recipe_and_the_edit_of_the_best_trial_are_there(tmp_path: Path) -> 
     assert _plain(best) == found.best.settings
     edit = Edit.load(tmp_path / "best")
     assert _plain(Toy.from_settings(edit.provenance[0]["settings"])) == found.best.settings
+
+
+# -- an image model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dim(Eraser):
+    """Takes a part of the head of image tokens away, so that all pictures lose what they had."""
+
+    strength: float = tunable(0.0, 0.0, 1.0)
+
+    def erase(self, model: ARImageModel, concept: Concept, *, seed: int = 0) -> Edit:
+        weight = model.parameter(name := "model.generation_head.vision_head.weight")
+        delta = Dense(-self.strength * weight.detach())
+        return Edit(model.fingerprint, deltas={name: delta}, provenance=(provenance(self, concept, seed),))
+
+
+class Spots:
+    """Knows cats and dogs by the brightness of a picture."""
+
+    object_names, style_names = ("cat", "dog", "owl", "tree"), ("ink", "flat")
+
+    def objects(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :5].log_softmax(1)
+
+    def styles(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, 5:7].log_softmax(1)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+    def similarity(self, images: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+PICTURES = ImageBenchmark(
+    kind="object",
+    objects=Spots.object_names,
+    styles=Spots.style_names,
+    templates=("a {style} {object}", "the {object} in {style}"),
+    images=8,
+    images_others=8,
+)
+
+
+def test_an_image_model_is_tuned_on_one_half_of_the_prompt_forms(tmp_path: Path) -> None:
+    model, cat = tiny_janus(), Concept("cat", kind="object")
+    found = tune(Dim, model, cat, PICTURES, judges=Spots(), budget=4, folder=tmp_path)
+    assert found.trials[0].quality.removal == 0 < found.best.quality.mean
+    assert found.best.settings["strength"] > 0
+    for half, report in (("dev", found.best.report), ("test", found.tests[found.best.number])):
+        edit, asked = Edit.load(tmp_path / "best"), PICTURES.half(half)
+        assert report is not None
+        again = evaluate_images(model, asked, Spots(), cat, edit=edit)
+        assert {(s.task, s.metric, s.value, s.unedited) for s in again.scores} == {
+            (s.task, s.metric, s.value, s.unedited) for s in report.scores
+        }
+
+
+def test_a_benchmark_for_another_kind_of_model_is_refused_and_so_are_pictures_without_judges(tmp_path: Path) -> None:
+    cat = Concept("cat", kind="object")
+    with pytest.raises(ValueError, match="ImageBenchmark does not score LanguageModel"):
+        tune(Toy, tiny(), cat, PICTURES, judges=Spots(), budget=1, folder=tmp_path)
+    with pytest.raises(ValueError, match="Toys does not score ARImageModel"):
+        tune(Dim, tiny_janus(), cat, Toys(target=("t",)), judges=Spots(), budget=1, folder=tmp_path)
+    with pytest.raises(ValueError, match="Pictures need judges"):
+        tune(Dim, tiny_janus(), cat, PICTURES, budget=1, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from conceptx.eraser import Eraser
+    from conceptx.evaluation.image_columns import Judges
     from conceptx.models import LanguageModel, Model
 
 app = typer.Typer(
@@ -110,6 +111,17 @@ def load_language_model(model: str, dtype: str, device: str) -> LanguageModel:
     if not isinstance(host, LanguageModel):
         raise ValueError(f"{model} is a {type(host).__name__}; this command works on language models.")
     return host
+
+
+def judges_of(model: str) -> Judges:
+    """Raises ValueError for a model whose pictures nobody here can judge."""
+    from conceptx.testbeds import emoji, janus
+
+    if model not in (emoji.NAME, janus.NAME):
+        raise ValueError(
+            f"The command line knows judges for {emoji.NAME} and {janus.NAME} only; see docs/image-benchmarks.md."
+        )
+    return emoji.judges()
 
 
 def main() -> None:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from conceptx.cli.frame import Device, DTypeName, ModelName, app, load_language_model, load_model
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from conceptx.concept import Concept
+from conceptx.cli.frame import Device, DTypeName, ModelName, app, judges_of, load_language_model, load_model
 
 
 @app.command()
@@ -49,9 +42,8 @@ def pairs(
     """
     from rich.console import Console
 
-    from conceptx.concept import Concept
-    from conceptx.evaluation.visual_filter import template_pairs, visual_filter, written_pairs
-    from conceptx.methods.ear import pairs_of
+    from conceptx.concept import Concept, pairs_of
+    from conceptx.evaluation.visual_filter import presence, template_pairs, visual_filter, written_pairs
     from conceptx.models import LanguageModel
     from conceptx.progress import shown
 
@@ -60,7 +52,7 @@ def pairs(
     if template and not others:
         raise ValueError(f"Templates need a --replacement, since {what.name!r} has no anchor.")
     found = template_pairs(template, what.name, others) if template else list(pairs_of(what))
-    present = _judge(model, what)
+    present = presence(judges_of(model), what)
     host = load_model(model, dtype, device)
     if isinstance(host, LanguageModel):
         raise ValueError(f"{model} is a language model; pairs are filtered by what a model draws.")
@@ -73,19 +65,3 @@ def pairs(
     if json is not None:
         filtered.save_report(json)
     typer.echo(f"{out}: {len(filtered.kept)} pairs")
-
-
-def _judge(model: str, concept: Concept) -> Callable[[Tensor], Tensor]:
-    """The probability that a picture shows the concept, by the testbeds' judges."""
-    from conceptx.testbeds import emoji, janus
-
-    if model not in (emoji.NAME, janus.NAME):
-        raise ValueError(f"The command line knows judges for {emoji.NAME} and {janus.NAME} only; see docs/ear.md.")
-    judges = emoji.judges()
-    known, said = (
-        (judges.style_names, judges.styles) if concept.kind == "style" else (judges.object_names, judges.objects)
-    )
-    if concept.name not in known:
-        raise ValueError(f"The judges know no {concept.kind} {concept.name!r}; they know: {', '.join(known)}.")
-    number = known.index(concept.name)
-    return lambda pictures: said(pictures)[:, number].exp()

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from conceptx.cli.frame import Attacks, Device, DTypeName, ModelName, app, attack_of, load_language_model, load_model
+from conceptx.cli.frame import (
+    Attacks,
+    Device,
+    DTypeName,
+    ModelName,
+    app,
+    attack_of,
+    judges_of,
+    load_language_model,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from conceptx.edit import Edit
@@ -22,7 +32,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas between them.")] = "",
     benchmark: Annotated[Path | None, typer.Option(help="A benchmark file instead: tasks/benchmarks/*.toml.")] = None,
     concept: Annotated[Path | None, typer.Option(help="The concept file that goes with the benchmark.")] = None,
-    half: Annotated[str, typer.Option(help="test, or dev: the half on which settings are chosen.")] = "test",
+    half: Annotated[
+        str | None, typer.Option(help="test or dev (on which settings are chosen); default: test, of pictures both.")
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task files.")] = None,
     defaults: Annotated[bool, typer.Option("--defaults", help="Also know the tasks that come with lm-eval.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task: a smoke test.")] = None,
@@ -54,7 +66,7 @@ def evaluate(
     from conceptx.progress import shown
 
     change = None if edit is None else Edit.load(edit)
-    if half not in ("test", "dev"):
+    if half not in (None, "test", "dev"):
         raise ValueError(f"--half is test or dev, got {half!r}.")
     if (benchmark is None) != (concept is None):
         raise ValueError("--benchmark and --concept go together.")
@@ -65,9 +77,9 @@ def evaluate(
     host = load_model(model, dtype, device)
     with shown():
         if isinstance(host, ImageModel):
-            report = _score_images(model, host, benchmark, what, change, attack, picture)
+            report = _score_images(model, host, benchmark, what, change, attack, picture, half)
         elif benchmark is not None and what is not None:
-            report = Benchmark.load(benchmark).run(host, what, edit=change, half=half, limit=limit)
+            report = Benchmark.load(benchmark).run(host, what, edit=change, half=half or "test", limit=limit)
         else:
             report = score(host, names, edit=change, limit=limit, include_path=include_path, defaults=defaults)
     Console().print(report.table(model))
@@ -143,26 +155,25 @@ def _score_images(
     edit: Edit | None,
     attack: Path | None,
     picture: Path | None,
+    half: str | None,
 ) -> Report:
-    """The columns of an image benchmark. Only the testbed's judges are known here; others are given in Python."""
+    """The columns of an image benchmark."""
     from conceptx.attacks.textual_inversion import TextualInversion
     from conceptx.evaluation.contact_sheet import contact_sheet
     from conceptx.evaluation.image_benchmark import ImageBenchmark
     from conceptx.evaluation.images import evaluate_images
     from conceptx.settings import build, read_recipe
-    from conceptx.testbeds import emoji, janus
+    from conceptx.testbeds import emoji
 
-    if name not in (emoji.NAME, janus.NAME):
-        raise ValueError(
-            f"The command line knows judges for {emoji.NAME} and {janus.NAME} only; see docs/image-benchmarks.md."
-        )
+    judges = judges_of(name)
     if benchmark is None:
         raise ValueError("An image model is scored with --benchmark and --concept.")
     suite = ImageBenchmark.load(benchmark)
+    suite = suite if half is None else suite.half(half)
     means: dict[str, Any] = {}
     if attack is not None:
         means = {"attack": build(TextualInversion, read_recipe(attack)), "examples": emoji.examples}
-    report = evaluate_images(model, suite, emoji.judges(), concept, edit=edit, **means)
+    report = evaluate_images(model, suite, judges, concept, edit=edit, **means)
     if picture is not None:
         prompts = suite.samples([concept])
         columns = {} if edit is None else {edit.provenance[0]["method"]: edit}

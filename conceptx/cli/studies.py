@@ -18,7 +18,9 @@ from conceptx.cli.frame import (
     attack_of,
     eraser_and_sites,
     eraser_of,
+    judges_of,
     load_language_model,
+    load_model,
 )
 
 if TYPE_CHECKING:
@@ -43,30 +45,40 @@ def tune(
     dtype: DTypeName = "auto",
     device: Device = "auto",
 ) -> None:
-    """Find the strength of a method: removal against retention and fluency, chosen on one half of the questions.
+    """Find the strength of a method: removal against retention and fluency, chosen on one half of the benchmark.
 
     Tries the published settings, those of --recipe, and then what Optuna proposes; draws the trade-off, and reports the
-    best settings on the other half.
+    best settings on the other half (of the questions; of the prompt forms of an image model).
 
-    Example:
+    Examples:
 
         conceptx tune pisces smollm2 --concept tasks/concepts/capitals.toml
         --benchmark tasks/benchmarks/capitals.toml --budget 12 --out runs/tune-capitals
+
+        conceptx tune ear testbed:janus --concept tasks/concepts/dog.toml --recipe tasks/recipes/janus/ear.toml
+        --benchmark tasks/benchmarks/janus_objects.toml --field learning_rate --field threshold --out runs/tune-dog
     """
     from rich.console import Console
 
     from conceptx.concept import Concept
     from conceptx.evaluation.benchmark import Benchmark
+    from conceptx.evaluation.image_benchmark import ImageBenchmark
+    from conceptx.models import ImageModel
     from conceptx.progress import shown
     from conceptx.settings import read_recipe
     from conceptx.tuning import tune as search
 
     kind = type(eraser_of(method, None, []))
     start = None if recipe is None else read_recipe(recipe)
-    what, suite = Concept.load(concept), Benchmark.load(benchmark)
-    host = load_language_model(model, dtype, device)
+    what = Concept.load(concept)
+    host = load_model(model, dtype, device)
+    draws = isinstance(host, ImageModel)
+    suite = ImageBenchmark.load(benchmark) if draws else Benchmark.load(benchmark)
+    judges = judges_of(model) if draws else None
     with shown():
-        tuning = search(kind, host, what, suite, budget=budget, seed=seed, folder=out, start=start, fields=field)
+        tuning = search(
+            kind, host, what, suite, judges=judges, budget=budget, seed=seed, folder=out, start=start, fields=field
+        )
     Console().print(tuning.table())
     tuning.draw(out / "trade-off.png")
     typer.echo(f"{out / 'trade-off.png'}: the trade-off\n{out / 'best.toml'}: the recipe")

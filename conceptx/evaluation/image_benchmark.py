@@ -147,6 +147,22 @@ class ImageBenchmark(BaseModel):
     def other_kind(self) -> str:
         return "style" if self.kind == "object" else "object"
 
+    def half(self, half: str) -> ImageBenchmark:
+        """Every second prompt form: the first, third, … of templates and implicit prompts for "test", the others for
+        "dev", on which settings are chosen; its pictures begin from seeds of their own.
+
+        Raises ValueError for another half, or when a single template leaves nothing for "dev".
+        """
+        if half not in ("test", "dev"):
+            raise ValueError(f"The prompts have two halves, test and dev; got {half!r}.")
+        if len(self.templates) < 2:
+            raise ValueError("A benchmark with a single template has no dev half.")
+        first = 1 if half == "dev" else 0
+        targets = tuple(t.model_copy(update={"implicit": t.implicit[first::2]}) for t in self.targets)
+        seed = self.seed + first * len(self.names) * max(self.images, self.images_general, self.images_others)
+        templates = self.templates[first::2]
+        return self.model_copy(update={"templates": templates, "targets": targets, "seed": seed})
+
     def targets_of(self, concepts: Sequence[Concept]) -> tuple[Target, ...]:
         """The entries of the concepts. Raises ValueError for a name that the benchmark has not, or another kind."""
         if wrong := [concept for concept in concepts if concept.kind != self.kind]:

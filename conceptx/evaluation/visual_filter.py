@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
-from conceptx.concept import Concept
+from conceptx.concept import Concept, whole_words
+from conceptx.evaluation.image_columns import Judges
 from conceptx.models import batches
 from conceptx.progress import track
 from conceptx.store import write_atomically
@@ -147,6 +148,19 @@ def _seeds(prompt: str, count: int, seed: int) -> list[int]:
     return [draw.getrandbits(31) for _ in range(count)]
 
 
+def presence(judges: Judges, concept: Concept) -> Callable[[Tensor], Tensor]:
+    """How much each picture shows the concept, by the judges: the probability of its name among objects or styles.
+
+    Raises ValueError when they do not know it.
+    """
+    style = concept.kind == "style"
+    known, said = (judges.style_names, judges.styles) if style else (judges.object_names, judges.objects)
+    if concept.name not in known:
+        raise ValueError(f"The judges know no {concept.kind} {concept.name!r}; they know: {', '.join(known)}.")
+    number = list(known).index(concept.name)
+    return lambda pictures: said(pictures)[:, number].exp()
+
+
 def _judged(pair: Pair, scores: dict[str, float], threshold: float) -> Judged:
     shown, leaked = (scores[prompt] for prompt in pair)
     verdict: Verdict = "weak" if shown < threshold else "leaking" if leaked >= threshold else "kept"
@@ -189,8 +203,7 @@ def written_pairs(writer: Writer, concept: Concept, count: int, *, calls: int = 
 
 def _read_pairs(text: str, concept: Concept) -> Iterator[Pair]:
     """The usable lines "n. with -> without"."""
-    names = "|".join(re.escape(name) for name in (concept.name, *concept.synonyms))
-    named = re.compile(rf"(?<!\w)({names})(?!\w)", re.IGNORECASE)
+    named = whole_words(concept.name, *concept.synonyms)
     for line in text.splitlines():
         match = re.fullmatch(r"\s*\d+\.\s*(.+?)\s*->\s*(.+?)\s*", line)
         if match and named.search(match[1]) and not named.search(match[2]):

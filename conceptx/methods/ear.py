@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from conceptx.concept import Concept
+from conceptx.concept import Concept, pairs_of
 from conceptx.edit import Edit
 from conceptx.eraser import Eraser, as_concepts, provenance, run_identity
 from conceptx.geometry import steer
@@ -64,13 +63,13 @@ class EAR(Eraser):
     layers: tuple[int, int] = (0, 5)
     negative_guidance: float = tunable(1.0, 0.5, 8.0, log=True)  # η
     window: int = tunable(48, 4, 96)
-    threshold: float = 0.05  # μ
+    threshold: float = tunable(0.05, 0.0, 5.0)  # μ
     guidance: float = 5.0
     temperature: float = 1.0
     context: Context = "full"
     shared: bool = False
     rank: int | None = None
-    passes: int = 1
+    passes: int = tunable(1, 1, 4)
     batch_size: int = 1
     learning_rate: float = tunable(1e-4, 1e-5, 3e-3, log=True)
 
@@ -132,22 +131,6 @@ class EAR(Eraser):
             return decoder_in_place(model.module, names)
         paths = tuple(name.removesuffix(".weight") for name in names)
         return adapter_in_place(model, Adapter(self.rank, self.rank, 0.0, paths), seed)
-
-
-def pairs_of(concept: Concept) -> Pairs:
-    """The concept's pairs, or its prompts with the anchor in the place of its name.
-
-    Raises ValueError when it has neither pairs nor an anchor, or when a prompt does not hold the name as whole words.
-    """
-    if concept.pairs:
-        return concept.pairs
-    if not (anchor := (concept.anchor or "").strip()):
-        raise ValueError(f"EAR needs pairs of prompts, or an anchor; {concept.name!r} has none.")
-    name = re.compile(rf"(?<!\w){re.escape(concept.name)}(?!\w)", re.IGNORECASE)
-    prompts = concept.prompts or (concept.name,)
-    if without := [prompt for prompt in prompts if not name.search(prompt)]:
-        raise ValueError(f"The prompt {without[0]!r} does not hold {concept.name!r} as whole words; give pairs.")
-    return [(prompt, name.sub(lambda _: anchor, prompt)) for prompt in prompts]
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -212,7 +195,7 @@ class _Steps:
         drawn, first = part
         end = min(first + self.settings.window, self.model.image_tokens)
         found = self._window(drawn.prompts, drawn.tokens, first, end).loss(drawn.target.part(first, end))
-        return found if float(found) > self.settings.threshold else None
+        return found if float(found.detach()) > self.settings.threshold else None
 
     @torch.no_grad()
     def _draw(self, number: int) -> _Drawn:

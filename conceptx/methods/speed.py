@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from conceptx.concept import Concept
+from conceptx.concept import Concept, whole_words
 from conceptx.edit import Edit, LowRank
 from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance
 from conceptx.geometry import WeightedRows, capped, weighted_dual
@@ -230,9 +229,8 @@ def mean_moments(
 
 def retained_names(concepts: Sequence[Concept]) -> tuple[list[str], list[str]]:
     """(sorted names to retain, names left out because they contain an erased one as whole words)"""
-    erased = "|".join(re.escape(concept.name) for concept in concepts)
-    names = sorted(all_names(concepts, "retain"))
-    out = [name for name in names if re.search(rf"(?<!\w)({erased})(?!\w)", name, re.IGNORECASE)]
+    erased, names = whole_words(*(concept.name for concept in concepts)), sorted(all_names(concepts, "retain"))
+    out = [name for name in names if erased.search(name)]
     return [name for name in names if name not in out], out
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from conceptx.concept import Concept
+from conceptx.concept import Concept, whole_words
 from conceptx.edit import Delta, Edit
 from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance, run_identity
 from conceptx.geometry import ConceptMap, WeightedRows, replacement, steer
@@ -205,8 +205,7 @@ def _require_clip(model: DiffusionModel) -> None:
 
 def _without(prompt: str, names: Sequence[str], anchor: str) -> str:
     """The prompt with the anchor for every name in it; the anchor alone where it holds none."""
-    longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    changed, count = re.subn(rf"(?<!\w)({longest_first})(?!\w)", lambda _: anchor, prompt, flags=re.IGNORECASE)
+    changed, count = whole_words(*names).subn(lambda _: anchor, prompt)
     return changed if count else anchor
 
 

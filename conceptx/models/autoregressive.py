@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conceptx.concept import whole_words
 from conceptx.edit import Edit, Fingerprint
 from conceptx.edit.fold import require_none
 from conceptx.edit.host import WHOLE
@@ -205,8 +205,8 @@ class ARImageModel(Wrapper):
 
         Upper and lower case are the same. Raises ValueError when the prompt does not hold the name as whole words.
         """
-        found = list(re.finditer(rf"(?<!\w){re.escape(name.strip())}(?!\w)", prompt, re.IGNORECASE))
-        if not name.strip() or not found:
+        found = list(whole_words(name).finditer(prompt))
+        if not found:
             raise ValueError(f"The prompt {prompt!r} does not hold {name!r} as whole words.")
         start = len(self._frame[0])
         return self._overlap(prompt, *(start + place for place in found[-1].span()))[1] - 1
@@ -369,6 +369,7 @@ class ARImageModel(Wrapper):
 
         Logits are l(masked) + guidance (l(prompt) - l(masked)), divided by the temperature; 0: the likeliest token.
         None: as `generate` says.  Row i depends on prompt i and seed i alone.
+        Raises FloatingPointError when the model predicts NaN.
         """
         from transformers import DynamicCache
 
@@ -490,7 +491,12 @@ class _PromptHooks:
 
 
 def _drawn(logits: Tensor, draws: Sequence[torch.Generator], temperature: float) -> Tensor:
-    """One token for each row (n, codes): the largest of logits / temperature + Gumbel noise from the row's own draw."""
+    """One token for each row (n, codes): the largest of logits / temperature + Gumbel noise from the row's own draw.
+
+    Raises FloatingPointError when a logit is NaN or infinite.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError("The predictions of the model are not finite.")
     if temperature == 0:
         return logits.argmax(-1)
     uniform = torch.stack([torch.rand(logits.shape[1], generator=draw) for draw in draws])

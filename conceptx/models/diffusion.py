@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conceptx.concept import whole_words
 from conceptx.edit import Edit, Fingerprint
 from conceptx.edit.fold import require_none
 from conceptx.geometry import ActivationMap, ConceptMap
@@ -300,8 +300,8 @@ class DiffusionModel(Wrapper):
         Upper and lower case are the same. Raises ValueError when the prompt does not hold the name as whole words.
         """
         tokenizer = getattr(self.pipeline, self.architecture.tokenizer)
-        text, wanted = self._converted(prompt, tokenizer), self._converted(name, tokenizer).strip()
-        found = list(re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, re.IGNORECASE)) if wanted else []
+        text, wanted = self._converted(prompt, tokenizer), self._converted(name, tokenizer)
+        found = list(whole_words(wanted).finditer(text))
         if not found:
             raise ValueError(f"The prompt {prompt!r} does not hold {name!r} as whole words.")
         first, end = self._span(prompt)
@@ -478,7 +478,8 @@ class DiffusionModel(Wrapper):
         Image i comes from prompts[i] and seeds[i] alone, whatever stands beside it. Guidance: as the pipeline means it
         (default: the model's, else the pipeline's). Options go to the pipeline, a list of n is shared out among the
         prompts; generation arguments of the edits in force are added.
-        Raises ValueError when seeds and prompts differ in number, or the tokenizer would cut a prompt.
+        Raises ValueError when seeds and prompts differ in number, or the tokenizer would cut a prompt,
+        FloatingPointError when a picture is NaN.
         """
         if isinstance(prompts, str) or not len(prompts) or len(prompts) != len(seeds):
             raise ValueError(f"generate takes a list of prompts and as many seeds, got {prompts!r} and {seeds!r}.")
@@ -501,6 +502,8 @@ class DiffusionModel(Wrapper):
         texts = list(prompts[part])
         mine = {key: _share(key, value, part, len(prompts)) for key, value in settings.items()}
         images = self.pipeline(prompt=texts, generator=_random(seeds[part]), output_type="pt", **mine).images
+        if not images.isfinite().all():
+            raise FloatingPointError("The predictions of the model are not finite.")
         return images.detach().float().cpu()
 
     # -- the edited pipeline as an ordinary folder -------------------------------------------------------------

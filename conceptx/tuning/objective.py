@@ -27,20 +27,25 @@ class Quality:
 def quality(report: Report) -> Quality:
     """Three numbers from a benchmark's report with the scores of the un-edited model beside.
 
-    kept(x)   = (x - chance) / (un-edited x - chance), cut to [0, 1]; chance is 0 for open answers.
+    kept(x) = (x - chance) / (un-edited x - chance), cut to [0, 1]; chance is 0 for open answers and for pictures.
+
+    Of a language model:
     removal   = mean of 1 - kept over `target` and `open`.
     retention = the least of kept(`near`), kept(`general`) and un-edited perplexity / perplexity, cut to 1.
     fluency   = the lesser of un-edited reverse perplexity / reverse perplexity and distinct_2 / un-edited distinct_2,
                 cut to 1: a loop is likely text and is seen by the second only.
 
-    A role in which the un-edited model does not exceed chance has nothing to lose and is left out.
+    Of an image model:
+    removal   = mean of 1 - kept over Acc_e and, where there are such prompts, Acc_g.
+    retention = kept(Acc_s).
+    fluency   = what else a prompt asks for is drawn: the least of kept over the styles (or objects) of the erased and
+                of the others, and over the others' pictures that show any object.
+
+    A score in which the un-edited model does not exceed chance has nothing to lose and is left out.
     Raises ValueError when one of the three cannot be computed, FloatingPointError when a score is not a number.
     """
-    removed = [1 - kept for role in ("target", "open") for kept in _kept(report, role)]
-    held = [kept for role in ("near", "general") for kept in _kept(report, role)]
-    held += [_share(before, after) for _, before, after in _measured(report, metric="word_perplexity")]
-    fluent = [_share(before, after) for _, before, after in _measured(report, "fluency", "reverse_perplexity")]
-    fluent += [_share(after, before) for _, before, after in _measured(report, "fluency", "distinct_2")]
+    pictures = any(score.metric == "Acc_e" for score in report.scores)
+    removed, held, fluent = _of_pictures(report) if pictures else _of_texts(report)
     for values, needs in (
         (removed, "target or open questions that the un-edited model answers better than by chance"),
         (held, "near or general questions, or a perplexity"),
@@ -49,6 +54,27 @@ def quality(report: Report) -> Quality:
         if not values:
             raise ValueError(f"The quality of an edit needs {needs}, with the scores of the un-edited model beside.")
     return Quality(sum(removed) / len(removed), min(held), min(fluent))
+
+
+Parts = tuple[list[float], list[float], list[float]]  # of removal, retention and fluency
+
+
+def _of_texts(report: Report) -> Parts:
+    removed = [1 - kept for role in ("target", "open") for kept in _kept(report, role)]
+    held = [kept for role in ("near", "general") for kept in _kept(report, role)]
+    held += [_share(before, after) for _, before, after in _measured(report, metric="word_perplexity")]
+    fluent = [_share(before, after) for _, before, after in _measured(report, "fluency", "reverse_perplexity")]
+    fluent += [_share(after, before) for _, before, after in _measured(report, "fluency", "distinct_2")]
+    return removed, held, fluent
+
+
+def _of_pictures(report: Report) -> Parts:
+    removed = [1 - kept for column in (("target", "Acc_e"), ("general", "Acc_g")) for kept in _kept(report, *column)]
+    rest = [("others", f"{kind}_acc") for kind in ("style", "object")]
+    rest += [("target", f"{kind}_kept") for kind in ("style", "object")]
+    fluent = [kept for column in rest for kept in _kept(report, *column)]
+    fluent += [_share(1 - after, 1 - before) for _, before, after in _measured(report, "others", "reject")]
+    return removed, list(_kept(report, "others", "Acc_s")), fluent
 
 
 def _measured(
@@ -64,8 +90,8 @@ def _measured(
             yield score, score.unedited, score.value
 
 
-def _kept(report: Report, role: str) -> Iterator[float]:
-    for score, before, after in _measured(report, role):
+def _kept(report: Report, task: str, metric: str | None = None) -> Iterator[float]:
+    for score, before, after in _measured(report, task, metric):
         chance = score.chance or 0.0
         if before > chance:
             yield max(0.0, _share(after - chance, before - chance))

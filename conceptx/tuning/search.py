@@ -15,10 +15,13 @@ from conceptx.concept import Concept
 from conceptx.edit import Edit
 from conceptx.eraser import Eraser, run_identity
 from conceptx.evaluation.benchmark import Benchmark
+from conceptx.evaluation.image_benchmark import ImageBenchmark
+from conceptx.evaluation.image_columns import Judges
 from conceptx.evaluation.report import Report
-from conceptx.models import LanguageModel
+from conceptx.models import ImageModel, LanguageModel
 from conceptx.progress import report as tell
 from conceptx.store import write_atomically
+from conceptx.tuning.halves import Halves, halves_of
 from conceptx.tuning.objective import quality
 from conceptx.tuning.space import Space, plain
 from conceptx.tuning.trials import Origin, Trial, Tuning, best_of, write_json
@@ -26,10 +29,11 @@ from conceptx.tuning.trials import Origin, Trial, Tuning, best_of, write_json
 
 def tune(
     method: type[Eraser],
-    model: LanguageModel,
+    model: LanguageModel | ImageModel,
     concept: Concept,
-    benchmark: Benchmark,
+    benchmark: Benchmark | ImageBenchmark,
     *,
+    judges: Judges | None = None,
     budget: int = 20,
     seed: int = 0,
     folder: str | Path,
@@ -43,6 +47,7 @@ def tune(
     half of the benchmark; on the test half only the defaults, the start and the best trial are, and nothing is chosen
     there.
 
+    judges: who looks at the pictures of an image model.
     budget: number of trials, the two included.
     folder: every finished trial is a file there; the same call again goes on after the last one and ends as if it had
             not been interrupted, and so does one with a larger budget. `best.toml` is the recipe and `best/` the edit
@@ -50,12 +55,14 @@ def tune(
     fields: what is searched; default, all that is marked.
 
     A trial whose settings or numbers are impossible (ValueError, KeyError, ArithmeticError) counts as worst and is kept
-    with its sentence. Raises ValueError when nothing is tunable, when the benchmark lacks what `quality` needs, when
-    the folder holds another search, or when no trial could be scored; ImportError when optuna is not installed.
+    with its sentence. Raises ValueError when nothing is tunable, when the benchmark is for another kind of model
+    or lacks what `quality` needs, when the folder holds another search, or when no trial could be scored; ImportError
+    when optuna is not installed.
     """
     _require_optuna()
     model.require_unedited()
-    search = _Search.of(method, model, concept, benchmark, seed, Path(folder), start, fields)
+    halves = halves_of(model, concept, benchmark, judges)
+    search = _Search.of(method, halves, seed, Path(folder), start, fields)
     if budget < len(search.known):
         raise ValueError(f"budget must be at least {len(search.known)}, got {budget}.")
     search.claim()
@@ -84,9 +91,7 @@ class _Search:
     """
 
     method: type[Eraser]
-    model: LanguageModel
-    concept: Concept
-    benchmark: Benchmark
+    halves: Halves
     seed: int
     folder: Path
     known: Mapping[Origin, dict[str, Any]]
@@ -95,9 +100,7 @@ class _Search:
     @staticmethod
     def of(
         method: type[Eraser],
-        model: LanguageModel,
-        concept: Concept,
-        benchmark: Benchmark,
+        halves: Halves,
         seed: int,
         folder: Path,
         start: Mapping[str, Any] | None,
@@ -107,7 +110,7 @@ class _Search:
         if start is not None:
             known["start"] = _settings(method.from_settings(start))
         space = Space.of(method, fields, list(known.values()))
-        return _Search(method, model, concept, benchmark, seed, folder, known, space)
+        return _Search(method, halves, seed, folder, known, space)
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -121,13 +124,13 @@ class _Search:
         """Write whose folder it is. Raises ValueError when it is another search's."""
         record = {
             "method": self.method.__name__,
-            "concept": self.concept.name,
+            "concept": self.halves.concept.name,
             "seed": self.seed,
             "settings": dict(self.known),
             "space": plain(self.space.plain()),
         }
-        whole = {**record, "benchmark": self.benchmark.model_dump(mode="json")}
-        mine = {**record, "identity": run_identity(whole, self.concept, self.model)}
+        whole = {**record, "benchmark": self.halves.benchmark.model_dump(mode="json")}
+        mine = {**record, "identity": run_identity(whole, self.halves.concept, self.halves.model)}
         path = self.folder / "search.json"
         if not path.is_file():
             write_json(path, mine)
@@ -145,7 +148,7 @@ class _Search:
 
     def unedited(self, half: str) -> Report:
         """The un-edited model's scores, measured once. Raises ValueError when they are not enough for `quality`."""
-        report = self._once(f"unedited-{half}.json", lambda: self._scores(half))
+        report = self._once(f"unedited-{half}.json", lambda: self.halves.scores(half))
         quality(report.beside(report))
         return report
 
@@ -190,30 +193,18 @@ class _Search:
         edit = None
         try:
             edit = self._erased(trial)
-            self._require_finite(edit)
-            found = {"report": self._scores("dev", edit, unedited)}
+            found = {"report": self.halves.scores("dev", edit, unedited)}
             quality(found["report"])
         except (ArithmeticError, ValueError, KeyError) as error:
             edit, found = None, {"problem": str(error.args[0] if error.args else type(error).__name__)}
         return dataclasses.replace(trial, seconds=time.perf_counter() - begin, **found), edit
 
     def _erased(self, trial: Trial) -> Edit:
-        return self.method.from_settings(trial.settings).erase(self.model, self.concept, seed=self.seed)
-
-    def _require_finite(self, edit: Edit) -> None:
-        """Before anything is sampled: sampling has no sentence for it."""
-        rows = self.model.encode([self.concept.name, *self.benchmark.prompts])
-        with edit.applied(self.model):
-            scores = self.model.predict(rows, last=1)
-        if not scores.isfinite().all():
-            raise FloatingPointError("The predictions of the edited model are not finite.")
-
-    def _scores(self, half: str, edit: Edit | None = None, unedited: Report | None = None) -> Report:
-        return self.benchmark.run(self.model, self.concept, edit=edit, unedited=unedited, half=half)
+        return self.method.from_settings(trial.settings).erase(self.halves.model, self.halves.concept, seed=self.seed)
 
     def _tested(self, trial: Trial, edit: Callable[[], Edit], unedited: Report) -> Report:
         """The scores on the test half."""
-        return self._once(f"test-{trial.number:03}.json", lambda: self._scores("test", edit(), unedited))
+        return self._once(f"test-{trial.number:03}.json", lambda: self.halves.scores("test", edit(), unedited))
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -232,9 +223,9 @@ class _Search:
 
     def _write_recipe(self, best: Trial, trials: int) -> None:
         """The settings that differ from the published ones, as `settings.read_recipe` reads them."""
-        q = best.quality
+        q, name = best.quality, json.dumps(self.halves.concept.name)
         lines = [
-            f"# {self.method.__name__}, {json.dumps(self.concept.name)}: trial {best.number} of {trials}, chosen on",
+            f"# {self.method.__name__}, {name}: trial {best.number} of {trials}, chosen on",
             f"# the dev half: removal {q.removal:.3f}, retention {q.retention:.3f}, fluency {q.fluency:.3f}.",
         ]
         published = self.known["published"]

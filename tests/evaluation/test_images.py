@@ -204,6 +204,25 @@ def test_a_name_without_an_entry_is_asked_for_by_its_name_alone():
     assert {i.expected for i in items if i.role == "target"} == {"tree"}
 
 
+def test_the_halves_have_no_prompt_and_no_seed_in_common():
+    """Together they have every prompt form; what is not a prompt form is in both."""
+    whole = benchmark()
+    dev, test = (whole.half(half) for half in ("dev", "test"))
+    assert set(dev.templates) | set(test.templates) == set(whole.templates)
+    for same in ("objects", "styles", "images", "unrelated", "guidance"):
+        assert getattr(dev, same) == getattr(test, same) == getattr(whole, same)
+    first, second = (half.items([DOG]) for half in (dev, test))
+    assert not {item.prompt for item in first} & {item.prompt for item in second}
+    assert not {item.seed for item in first} & {item.seed for item in second}
+    assert {item.role for item in first} == {item.role for item in second} == {"target", "general", "others"}
+    assert not [item for item in first if item.part == "implicit"]  # there is one only; the test half has it
+    assert [item for item in second if item.part == "implicit"]
+    with pytest.raises(ValueError, match="two halves, test and dev; got 'train'"):
+        whole.half("train")
+    with pytest.raises(ValueError, match="single template has no dev half"):
+        benchmark(templates=["a {object}"]).half("test")
+
+
 def test_what_erased_cannot_score():
     for prompts in (["the dog in ink"], ["a pet in flat"], ["drawing of an owl"]):
         with pytest.raises(ValueError, match="what was used for erasing"):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptx import Concept
+from conceptx.concept import pairs_of
 from conceptx.evaluation.visual_filter import template_pairs, visual_filter, written_pairs
-from conceptx.methods.ear import pairs_of
 
 DOG = Concept("dog", anchor="cat", synonyms=("puppy",))
 PAIRS = [(f"a dog {n}", f"a cat {n}") for n in range(12)]

@@ -8,8 +8,9 @@ import torch
 from hosts import same, scores, tiny_janus
 
 from conceptx import Concept
+from conceptx.concept import pairs_of
 from conceptx.methods import EAR
-from conceptx.methods.ear import _Steps, pairs_of
+from conceptx.methods.ear import _Steps
 from conceptx.models.weights import decoder_in_place
 
 DOG = Concept("dog", kind="object", anchor="cat", prompts=("a noto dog", "a dog"))
@@ -27,17 +28,6 @@ def names(model, layers=(0, 2)):
 @pytest.fixture(scope="module")
 def model():
     return tiny_janus()
-
-
-def test_pairs_are_the_concepts_own_or_its_prompts_with_the_anchor():
-    assert pairs_of(DOG) == [("a noto dog", "a noto cat"), ("a dog", "a cat")]
-    assert pairs_of(Concept("dog", anchor="cat")) == [("dog", "cat")]
-    own = (("a dog", "a bench"),)
-    assert pairs_of(Concept("dog", anchor="cat", pairs=own)) == own
-    with pytest.raises(ValueError, match="needs pairs of prompts, or an anchor"):
-        pairs_of(Concept("dog"))
-    with pytest.raises(ValueError, match="'a puppy' does not hold 'dog'"):
-        pairs_of(Concept("dog", anchor="cat", prompts=("a puppy",)))
 
 
 @pytest.mark.parametrize("context", ["full", "none"])
