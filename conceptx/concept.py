@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from conceptx.words import whole_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,17 +141,6 @@ class Concept(BaseModel):
                 raise ValueError(f"{path}: {key} must be a list of files, got {names!r}.")
             fields[key] = [str(_inside(path.parent, name, "picture file")) for name in names]
         return Concept(**fields)
-
-
-def whole_words(*names: str) -> re.Pattern[str]:
-    """Finds any of the names as whole words, upper and lower case alike; where one begins another, the longer.
-
-    Raises ValueError when there is none, or when one is blank: it would be found everywhere.
-    """
-    if not names or any(not name.strip() for name in names):
-        raise ValueError(f"Words to look for must not be blank, got {names}.")
-    longest_first = sorted((name.strip() for name in names), key=len, reverse=True)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
 
 def pairs_of(concept: Concept) -> Sequence[tuple[str, str]]:

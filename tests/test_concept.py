@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from conceptx.concept import Concept, pairs_of, whole_words
+from conceptx.concept import Concept, pairs_of
+from conceptx.words import whole_words
 
 DOG = Concept("dog", kind="object", anchor="cat", prompts=("a noto dog", "a dog"))
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
-from conceptx.concept import Concept, whole_words
+from conceptx.concept import Concept
 from conceptx.evaluation.image_columns import Judges
 from conceptx.models import batches
 from conceptx.progress import track
 from conceptx.store import write_atomically
+from conceptx.words import whole_words
 
 if TYPE_CHECKING:
     from rich.table import Table

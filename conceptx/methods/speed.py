@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from conceptx.concept import Concept, whole_words
+from conceptx.concept import Concept
 from conceptx.edit import Edit, LowRank
 from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance
 from conceptx.geometry import WeightedRows, capped, weighted_dual
@@ -22,6 +22,7 @@ from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import EMPTY, TokenRows, Tokens
 from conceptx.progress import track
 from conceptx.settings import require_choices, require_positive
+from conceptx.words import whole_words
 
 Projections = Literal["values", "keys", "both"]
 ENDS = {"values": ("to_v",), "keys": ("to_k",), "both": ("to_k", "to_v")}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from conceptx.concept import Concept, whole_words
+from conceptx.concept import Concept
 from conceptx.edit import Delta, Edit
 from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance, run_identity
 from conceptx.geometry import ConceptMap, WeightedRows, replacement, steer
@@ -26,6 +26,7 @@ from conceptx.progress import report
 from conceptx.settings import require_not_negative, require_positive, require_templates
 from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.processes import one_process
+from conceptx.words import whole_words
 
 Pair = tuple[str, str]  # a prompt of the concept and the safe prompt in its place
 Draw = tuple[int, int, int]  # a latent: number of the prompt, of the trajectory, of the step that it stops before

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conceptx.concept import whole_words
 from conceptx.edit import Edit, Fingerprint
 from conceptx.edit.fold import require_none
 from conceptx.edit.host import WHOLE
@@ -25,6 +24,7 @@ from conceptx.models.sites import LLAMA, SUBLAYER_INPUTS, Site, block_sites
 from conceptx.models.wrapper import Wrapper, edits_on, refuse_quantised
 from conceptx.progress import track
 from conceptx.store import replaced_folder
+from conceptx.words import whole_words
 
 FAMILIES = ("janus",)
 DECODER = "model.language_model"

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conceptx.concept import whole_words
 from conceptx.edit import Edit, Fingerprint
 from conceptx.edit.fold import require_none
 from conceptx.geometry import ActivationMap, ConceptMap
@@ -25,6 +24,7 @@ from conceptx.models.sites import Site
 from conceptx.models.wrapper import Wrapper, edits_on
 from conceptx.progress import track
 from conceptx.store import replaced_folder
+from conceptx.words import whole_words
 
 EMBEDDED_GUIDANCE = 3.5  # what FluxPipeline gives a guidance-distilled denoiser
 ENCODED_AT_ONCE = 64  # prompts in one call of the text encoders
