@@ -14,9 +14,10 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import torch
+from cells import average, drawn_benchmark, edit_once, kept, once, spread, values
 from rich.console import Console
 
 from conceptx import Concept, Edit, Report, load
@@ -61,16 +62,13 @@ class Study:
         only_ours()
         return load(emoji.NAME)
 
-    def benchmark(self, kind: str, seed: int, **numbers: int) -> ImageBenchmark:
-        """Another seed draws other pictures; the eraser gets the same seed."""
-        suite = ImageBenchmark.load(tasks_folder() / "benchmarks" / f"emoji_{kind}s.toml")
-        return suite.model_copy(update={"seed": suite.seed + 100_000 * seed, **numbers})
-
     def single(self, kind: str, name: str, method: str, seed: int) -> Report:
         """One concept erased by one method."""
         concept = Concept.load(tasks_folder() / "concepts" / f"{name}.toml")
-        suite = self.benchmark("object", seed, images=20, images_general=5, images_others=1)
-        suite = halved(suite) if kind == "object" else self.benchmark("style", seed, images=60, images_others=30)
+        suite = drawn_benchmark("emoji_objects", seed, images=20, images_general=5, images_others=1)
+        suite = (
+            halved(suite) if kind == "object" else drawn_benchmark("emoji_styles", seed, images=60, images_others=30)
+        )
         return self.kept(
             f"{kind}-{name}-{method}-{seed}",
             lambda: self.score(suite, [concept], self.edit(concept, method, seed), seed),
@@ -79,7 +77,7 @@ class Study:
     def attacked(self, name: str, method: str, seed: int) -> Report:
         """Textual inversion on the edited model, on the un-edited one, and of an object that nobody erased."""
         concept = Concept.load(tasks_folder() / "concepts" / f"{name}.toml")
-        suite = self.benchmark("object", seed, images=20, images_general=1, images_others=1)
+        suite = drawn_benchmark("emoji_objects", seed, images=20, images_general=1, images_others=1)
         suite = suite.model_copy(
             update={"objects": (name.replace("_", " "), *suite.targets_of([concept])[0].near, "castle")}
         )
@@ -96,21 +94,16 @@ class Study:
         seed: int,
         attack: TextualInversion | None = None,
     ) -> Report:
-        means = {} if attack is None else {"attack": attack, "examples": emoji.examples, "seed": seed}
+        means: dict[str, Any] = {} if attack is None else {"attack": attack, "examples": emoji.examples, "seed": seed}
         known = self.remembered.setdefault(seed, Unedited())
         return evaluate_images(self.model, suite, emoji.judges(), concepts, edit=edit, unedited=known, **means)
 
     def edit(self, concept: Concept, method: str, seed: int) -> Edit:
         folder = Path("runs/study/emoji") / f"{concept.name}-{method}-{seed}".replace(" ", "_")
-        if not (folder / "edit.json").is_file():
-            eraser(method, concept.kind).erase(self.model, concept, seed=seed).save(folder)
-        return Edit.load(folder)
+        return edit_once(folder, lambda: eraser(method, concept.kind).erase(self.model, concept, seed=seed))[0]
 
     def kept(self, name: str, make: Callable[[], Report]) -> Report:
-        path = self.out / f"{name}.json"
-        if not path.is_file():
-            make().save(path)
-        return Report.load(path)
+        return once(self.out / f"{name}.json", make)
 
 
 def halved(suite: ImageBenchmark) -> ImageBenchmark:
@@ -141,28 +134,6 @@ def inversion() -> TextualInversion:
 # -- tables and pictures ---------------------------------------------------------------------------------------------
 
 
-def summary(reports: Sequence[Report]) -> str:
-    """Mean over the reports, and the smallest and largest of them."""
-    cells = []
-    for task, metric in COLUMNS:
-        scores = [report[task, metric] for report in reports if has(report, task, metric)]
-        values = [score.value for score in scores]
-        cells.append(f"{mean(values):.3g} ({min(values):.3g}–{max(values):.3g})" if values else "–")
-    return " | ".join(cells)
-
-
-def before(reports: Sequence[Report]) -> str:
-    cells = []
-    for task, metric in COLUMNS:
-        values = [report[task, metric].unedited for report in reports if has(report, task, metric)]
-        cells.append(f"{mean(v for v in values if v is not None):.3g}" if any(v is not None for v in values) else "–")
-    return " | ".join(cells)
-
-
-def has(report: Report, task: str, metric: str) -> bool:
-    return any(score.task == task and score.metric == metric for score in report.scores)
-
-
 def table(out: Path, kind: str, names: Iterable[str], seeds: Sequence[int]) -> list[str]:
     lines = ["| | " + " | ".join(metric for _, metric in COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
     for method in METHODS:
@@ -170,8 +141,10 @@ def table(out: Path, kind: str, names: Iterable[str], seeds: Sequence[int]) -> l
         reports = [Report.load(path) for path in paths if path.is_file()]
         if reports:
             if len(lines) == 2:
-                lines.append(f"| un-edited | {before(reports)} |")
-            lines.append(f"| {method} ({len(reports)} runs) | {summary(reports)} |")
+                before = [average(values(reports, *column, before=True)) for column in COLUMNS]
+                lines.append(f"| un-edited | {' | '.join(before)} |")
+            cells = [spread(values(reports, *column)) for column in COLUMNS]
+            lines.append(f"| {method} ({len(reports)} runs) | {' | '.join(cells)} |")
     return lines
 
 
@@ -192,12 +165,8 @@ def by_object(out: Path, seeds: Sequence[int]) -> list[str]:
 
 
 def _cell(reports: Sequence[Report]) -> str:
-    def average(task: str, metric: str) -> str:
-        values = [report[task, metric].value for report in reports if has(report, task, metric)]
-        return f"{mean(values):.2f}" if values else "–"
-
-    kept = mean(r["others", "Acc_s"].value / (r["others", "Acc_s"].unedited or 1) for r in reports)
-    return f"{average('target', 'Acc_e')}, {average('general', 'Acc_g')}, {kept:.3f}"
+    erased = [average(values(reports, *column)) for column in (("target", "Acc_e"), ("general", "Acc_g"))]
+    return ", ".join([*erased, average(kept(reports))])
 
 
 def sheets(study: Study, pictures: Path) -> None:

@@ -12,15 +12,16 @@ by side and a stopped one goes on. Edits are kept under runs/.
 
 import argparse
 import random
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
+from cells import average, drawn_benchmark, edit_once, once, seeds_of, spread, values
 from rich.console import Console
 
 from conceptx import Concept, Edit, Report, load, methods
@@ -99,7 +100,7 @@ class Study:
         concept = Concept.load(tasks_folder() / "concepts" / "ink.toml")
         others = [style for style in emoji.STYLE_NAMES if style != concept.name]
         texts = [f"{style} {thing.name}" for style in others for thing in emoji.OBJECTS]
-        suite = benchmark("style", seed, images=60, images_others=30)
+        suite = drawn_benchmark("emoji_styles", seed, images=60, images_others=30)
         name = f"style-{method}-{seed}"
         erased = [concept.model_copy(update={"retain_texts": tuple(texts)})]
         return self.kept(name, lambda: self.scored(name, method, erased, suite, seed))
@@ -107,8 +108,8 @@ class Study:
     def unsafe(self, method: str, seed: int) -> Report:
         """The seven weapons at once."""
         things = [thing for thing in emoji.OBJECTS if thing.group == emoji.vocabulary.UNSAFE_GROUP]
-        concepts = [concept(thing, "umbrella", kept(things)) for thing in things]
-        suite = benchmark("object", seed, images=12, images_general=4, images_others=1)
+        concepts = [concept(thing, "umbrella", rest(things)) for thing in things]
+        suite = drawn_benchmark("emoji_objects", seed, images=12, images_general=4, images_others=1)
         name = f"unsafe-{method}-{seed}"
         return self.kept(name, lambda: self.scored(name, method, concepts, suite, seed))
 
@@ -132,41 +133,28 @@ class Study:
 
     def edit(self, name: str, method: str, concepts: Sequence[Concept], seed: int) -> tuple[Edit, float]:
         """The edit and the processor seconds that making it took (0 when it was there)."""
-        folder, seconds = self.edits / name, 0.0
-        if not (folder / "edit.json").is_file():
-            start = time.process_time()
-            made = eraser(method, len(concepts)).erase(self.model, list(concepts), seed=seed)
-            seconds = time.process_time() - start
-            made.save(folder)
-        return Edit.load(folder), seconds
+        task = eraser(method, len(concepts))
+        target: Any = list(concepts)
+        return edit_once(self.edits / name, lambda: task.erase(self.model, target, seed=seed))
 
     def kept(self, name: str, make: Callable[[], Report]) -> Report:
-        path = self.out / f"{name}.json"
-        if not path.is_file():
-            make().save(path)
-        return Report.load(path)
-
-
-def benchmark(kind: str, seed: int, **numbers: int) -> ImageBenchmark:
-    """Another seed draws other pictures; the eraser gets the same seed."""
-    suite = ImageBenchmark.load(tasks_folder() / "benchmarks" / f"emoji_{kind}s.toml")
-    return suite.model_copy(update={"seed": suite.seed + 100_000 * seed, **numbers})
+        return once(self.out / f"{name}.json", make)
 
 
 def crowded(count: int, seed: int) -> ImageBenchmark:
-    return benchmark("object", seed, images=max(2, 40 // count), images_general=1, images_others=1)
+    return drawn_benchmark("emoji_objects", seed, images=max(2, 40 // count), images_general=1, images_others=1)
 
 
 def crowd(count: int, seed: int) -> list[Concept]:
     """Random objects to erase; the anchor of each is a kept object of the same group, where there is one."""
     things = list(emoji.OBJECTS)
     random.Random(seed).shuffle(things)
-    erased, others = things[:count], kept(things[:count])
+    erased, others = things[:count], rest(things[:count])
     anchors = {thing.name: [other.name for other in things[count:] if other.group == thing.group] for thing in erased}
     return [concept(thing, (anchors[thing.name] or others)[0], others) for thing in erased]
 
 
-def kept(erased: Sequence[emoji.EmojiObject]) -> list[str]:
+def rest(erased: Sequence[emoji.EmojiObject]) -> list[str]:
     return [thing.name for thing in emoji.OBJECTS if thing not in erased]
 
 
@@ -212,11 +200,10 @@ def table(out: Path, prefix: str, counts: Sequence[int | None], names: Sequence[
         for method in names:
             reports = found(out, prefix, method, count)
             if reports:
-                cells = [spread([r[column].value for r in reports if has(r, *column)]) for column in COLUMNS]
+                cells = [spread(values(reports, *column)) for column in COLUMNS]
                 seconds = [s for r in reports if (s := r.settings.get("seconds"))]
                 sizes = [r.settings["bytes"] / 1000 for r in reports if "bytes" in r.settings]
-                more = [f"{mean(values):.3g}" if values else "–" for values in (seconds, sizes)]
-                row = [method, str(count or "–"), str(len(reports)), *cells, *more]
+                row = [method, str(count or "–"), str(len(reports)), *cells, average(seconds), average(sizes)]
                 lines.append("| " + " | ".join(row) + " |")
         if any(found(out, prefix, method, count) for method in names):
             lines.append(before(out, prefix, count, names))
@@ -225,27 +212,12 @@ def table(out: Path, prefix: str, counts: Sequence[int | None], names: Sequence[
 
 def before(out: Path, prefix: str, count: int | None, names: Sequence[str]) -> str:
     reports = [report for method in names for report in found(out, prefix, method, count)]
-    cells = []
-    for column in COLUMNS:
-        values = [v for r in reports if has(r, *column) and (v := r[column].unedited) is not None]
-        cells.append(f"{mean(values):.3f}" if values else "–")
+    cells = [average(values(reports, *column, before=True)) for column in COLUMNS]
     return "| " + " | ".join(["un-edited", str(count or "–"), "", *cells, "–", "–"]) + " |"
 
 
 def found(out: Path, prefix: str, method: str, count: int | None) -> list[Report]:
-    middle = f"{prefix}-{method}" + ("" if count is None else f"-{count}")
-    return [Report.load(path) for path in sorted(out.glob(f"{middle}-[0-9].json"))]
-
-
-def has(report: Report, task: str, metric: str) -> bool:
-    return any(score.task == task and score.metric == metric for score in report.scores)
-
-
-def spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    middle = f"{mean(values):.3g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g}–{max(values):.3g})"
+    return seeds_of(out, f"{prefix}-{method}" + ("" if count is None else f"-{count}"))
 
 
 def draw_curves(out: Path, path: Path, names: Sequence[str]) -> None:
@@ -255,9 +227,9 @@ def draw_curves(out: Path, path: Path, names: Sequence[str]) -> None:
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     for panel, column in zip(figure.subplots(1, 3, sharey=True), (COLUMNS[0], COLUMNS[2], COLUMNS[3]), strict=True):
         for method in names:
-            points = {count: [r[column].value for r in found(out, "objects", method, count)] for count in COUNTS}
-            points = {count: values for count, values in points.items() if values}
-            middle = [mean(values) for values in points.values()]
+            points = {count: values(found(out, "objects", method, count), *column) for count in COUNTS}
+            points = {count: measured for count, measured in points.items() if measured}
+            middle = [mean(measured) for measured in points.values()]
             bars = [
                 [m - min(v) for m, v in zip(middle, points.values(), strict=True)],
                 [max(v) - m for m, v in zip(middle, points.values(), strict=True)],

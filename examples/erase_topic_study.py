@@ -13,9 +13,9 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 import torch
+from cells import edit_once, once, spread
 from rich.console import Console
 
 from conceptx import Concept, Edit, Personas, Report, evaluate, load
@@ -77,23 +77,21 @@ class Study:
 
     def _edit(self, kind: str, seed: int) -> Edit:
         folder = Path("runs/study") / self.name / f"{kind}-{seed}"
-        if not (folder / "edit.json").is_file():
-            concept, settings = self.concept, recipe()
-            if kind == "control":
-                concept = Concept(**{**concept.model_dump(), "personas": NONSENSE})
-                sizes = [persona_gap(self.model, c, texts=48).size for c in (self.concept, concept)]
-                settings = replace(settings, eta=settings.eta * sizes[0] / sizes[1])
-            settings.erase(self.model, concept, seed=seed, checkpoint=folder / "checkpoint").save(folder)
-        return Edit.load(folder)
+        return edit_once(folder, lambda: self._erase(kind, seed, folder / "checkpoint"))[0]
+
+    def _erase(self, kind: str, seed: int, checkpoint: Path) -> Edit:
+        concept, settings = self.concept, recipe()
+        if kind == "control":
+            concept = Concept(**{**concept.model_dump(), "personas": NONSENSE})
+            sizes = [persona_gap(self.model, c, texts=48).size for c in (self.concept, concept)]
+            settings = replace(settings, eta=settings.eta * sizes[0] / sizes[1])
+        return settings.erase(self.model, concept, seed=seed, checkpoint=checkpoint)
 
     def _score(self, edit: Edit) -> Report:
         return self.benchmark.run(self.model, self.concept, edit=edit, unedited=self.unedited())
 
     def _kept(self, name: str, make: Callable[[], Report]) -> Report:
-        path = self.out / f"{name}.json"
-        if not path.is_file():
-            make().save(path)
-        return Report.load(path)
+        return once(self.out / f"{name}.json", make)
 
 
 def table(name: str, before: Report, runs: dict[str, list[Report]]) -> str:
@@ -104,14 +102,10 @@ def table(name: str, before: Report, runs: dict[str, list[Report]]) -> str:
     for key in [*((task, metric, "all") for task, metric in KEY_SCORES), *parts]:
         if key not in {s.key for s in first.scores}:
             continue
-        cells = [_spread([report[key].value for report in reports]) for reports in runs.values()]
+        cells = [spread([report[key].value for report in reports]) for reports in runs.values()]
         label = " ".join(key[:2]) + ("" if key[2] == "all" else f", {key[2]}")
         lines.append(f"| {label} | {first[key].n} | {before[key].value:.3g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 
 
 def draw(study: Study, before: Report, curve: dict[float, Report], path: Path) -> None:
@@ -123,7 +117,7 @@ def draw(study: Study, before: Report, curve: dict[float, Report], path: Path) -
     points = {0.0: before, **curve}
     for role, color in (("target", "#c2410c"), ("near", "#a16207"), ("general", "#1d4ed8")):
         scores = [points[s][role] for s in sorted(points)]
-        errors = [score.error for score in scores]
+        errors = [score.error or 0.0 for score in scores]
         panel.errorbar(
             sorted(points), [s.value for s in scores], errors, color=color, marker="o", capsize=2, label=role
         )

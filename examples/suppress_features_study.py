@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cells import edit_once, once
 from rich.console import Console
 
 from conceptx import Concept, Edit, Report, evaluate, load
 from conceptx.demo.language import fast_dtype
 from conceptx.edit import Columns
 from conceptx.evaluation.benchmark import Benchmark
+from conceptx.evaluation.report import Score
 from conceptx.methods import PISCES
 from conceptx.models import LanguageModel
 from conceptx.places import tasks_folder
@@ -36,9 +38,7 @@ class Study:
 
     def edit(self) -> Edit:
         folder = Path("runs/pisces") / self.name
-        if not (folder / "edit.json").is_file():
-            self.eraser.erase(self.model, self.concept).save(folder)
-        return Edit.load(folder)
+        return edit_once(folder, lambda: self.eraser.erase(self.model, self.concept))[0]
 
     def edited(self) -> Report:
         return self._kept("edited", lambda: self.benchmark.run(self.model, self.concept, edit=self.edit()))
@@ -55,10 +55,7 @@ class Study:
         return self._kept(f"control-{seed}", lambda: evaluate(self.model, tasks, edit=edit))
 
     def _kept(self, name: str, make: Callable[[], Report]) -> Report:
-        path = self.out / f"{name}.json"
-        if not path.is_file():
-            make().save(path)
-        return Report.load(path)
+        return once(self.out / f"{name}.json", make)
 
 
 def at_random(edit: Edit, model: LanguageModel, seed: int) -> Edit:
@@ -66,10 +63,15 @@ def at_random(edit: Edit, model: LanguageModel, seed: int) -> Edit:
     draw = torch.Generator().manual_seed(seed)
     deltas = {}
     for name, delta in edit.deltas.items():
+        assert isinstance(delta, Columns)  # what PISCES changes
         rows = torch.randperm(model.parameter_shape(name)[1], generator=draw)[: len(delta.index)]
         change = torch.randn(delta.change.shape, generator=draw)
         deltas[name] = Columns(rows, change / change.norm(dim=0) * delta.change.norm(dim=0))
     return Edit(model.fingerprint, deltas=deltas)
+
+
+def drop(score: Score) -> float:
+    return (score.unedited or 0.0) - score.value
 
 
 def main() -> None:
@@ -92,8 +94,8 @@ def main() -> None:
         console.print(report.table())
         for strength, part in weaker.items():
             console.print(part.table(f"{strength} of it"))
-        lost = report["target"].unedited - report["target"].value
-        moved = [c[study.benchmark.target[0]].unedited - c[study.benchmark.target[0]].value for c in controls]
+        lost = drop(report["target"])
+        moved = [drop(control[study.benchmark.target[0]]) for control in controls]
         console.print(f"target lost {lost:.3f}; controls {', '.join(f'{m:+.3f}' for m in moved)}")
 
 

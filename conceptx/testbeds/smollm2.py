@@ -6,13 +6,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from conceptx.testbeds.packages import package_file
 
-NAME = "smollm2"
+NAME: Final = "smollm2"
 
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

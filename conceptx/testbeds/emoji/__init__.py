@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from conceptx.testbeds.emoji.vocabulary import (
     HELD_OUT,
@@ -50,7 +50,7 @@ __all__ = [
     "load",
 ]
 
-NAME = "testbed:emoji"
+NAME: Final = "testbed:emoji"
 GUIDANCE = 3.0  # at which the bar was measured
 STEPS = 20
 UNETS = ("a", "b")

@@ -7,14 +7,14 @@ emoji testbed. `python -m conceptx.testbeds.janus train` makes it anew.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from conceptx.testbeds.emoji.vocabulary import STYLE_NAMES
 from conceptx.testbeds.janus.vocabulary import NUMBERS, OBJECT_NAMES, OBJECTS
 
 __all__ = ["GUIDANCE", "NAME", "NUMBERS", "OBJECTS", "OBJECT_NAMES", "STYLE_NAMES", "TEMPERATURE", "folder", "load"]
 
-NAME = "testbed:janus"
+NAME: Final = "testbed:janus"
 GUIDANCE, TEMPERATURE = 1.5, 0.5  # at which the bar was measured; those of its generation configuration
 
 
