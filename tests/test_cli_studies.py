@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import conceptx, folder  # noqa: F401  (a fixture)
 
-from conceptx import Edit
+from conceptx import Edit, Report
 from conceptx.cli import frame, studies
 from conceptx.dictionaries import load_dictionary
 
@@ -53,6 +53,33 @@ def test_a_dictionary_of_a_text_encoder_is_trained_and_a_concept_erased_with_it(
     concept = ["--concept", tmp_path / "dog.toml", "--out", tmp_path / "edit"]
     conceptx("erase", "testbed:emoji", "--method", "itd", *concept, *settings)
     assert list(Edit.load(tmp_path / "edit").maps) == ["text_encoder.layers.0"]
+
+
+SMALL = """
+kind = "object"
+objects = ["dog", "cat", "car", "pizza"]
+styles = ["noto", "ink"]
+templates = ["the {object} in {style}", "{object} as {style} emoji"]
+images = 4
+images_others = 2
+"""
+
+
+def test_an_image_model_is_tuned_and_scored_on_one_half_of_the_prompt_forms(tmp_path: Path) -> None:
+    (tmp_path / "benchmark.toml").write_text(SMALL)
+    (tmp_path / "dog.toml").write_text('name = "dog"\nkind = "object"\nanchor = "cat"\nretain = ["car", "pizza"]\n')
+    what = ["--concept", tmp_path / "dog.toml", "--benchmark", tmp_path / "benchmark.toml"]
+    printed = conceptx(
+        "tune", "uce", "testbed:janus", *what, "--field", "ridge", "--budget", "2", "--out", tmp_path / "t"
+    )
+    assert "UCE, 2 trials" in printed and (tmp_path / "t" / "trade-off.png").is_file()
+    conceptx("evaluate", "testbed:janus", *what, "--half", "dev", "--json", tmp_path / "dev.json")
+    alone, searched = (Report.load(tmp_path / name) for name in ("dev.json", "t/unedited-dev.json"))
+    assert alone.scores == searched.scores
+    conceptx("evaluate", "testbed:janus", *what, "--json", tmp_path / "all.json")
+    assert Report.load(tmp_path / "all.json")["target", "Acc_e"].n == 4
+    with pytest.raises(ValueError, match="--half is test or dev"):
+        conceptx("evaluate", "testbed:janus", *what, "--half", "all")
 
 
 def test_a_name_in_a_list_is_a_concept_with_its_benchmark_and_the_next_one_is_its_control() -> None:

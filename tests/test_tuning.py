@@ -14,7 +14,7 @@ import pytest
 import torch
 from hosts import tiny, tiny_janus
 
-from conceptx import progress
+from conceptx import methods, progress
 from conceptx.concept import Concept
 from conceptx.edit import Dense, Edit, LowRank
 from conceptx.eraser import Eraser, provenance
@@ -24,7 +24,7 @@ from conceptx.evaluation.images import evaluate_images
 from conceptx.evaluation.report import Report, Score
 from conceptx.methods import LEACE
 from conceptx.models import ARImageModel, LanguageModel
-from conceptx.settings import read_recipe, tunable
+from conceptx.settings import Choices, read_recipe, tunable, tunable_fields
 from conceptx.tuning import Quality, Trial, Tuning, quality, tune
 from conceptx.tuning.picture import pareto
 
@@ -354,6 +354,19 @@ def test_the_recipe_and_the_edit_of_the_best_trial_are_there(tmp_path: Path) -> 
     assert _plain(best) == found.best.settings
     edit = Edit.load(tmp_path / "best")
     assert _plain(Toy.from_settings(edit.provenance[0]["settings"])) == found.best.settings
+
+
+@pytest.mark.parametrize("name", [name for name in methods.__all__ if tunable_fields(getattr(methods, name))])
+def test_the_published_settings_lie_in_what_is_searched(name: str) -> None:
+    kind = getattr(methods, name)
+    for field_name, space in tunable_fields(kind).items():
+        default = getattr(kind(), field_name)
+        inside = default in space.values if isinstance(space, Choices) else space.low <= default <= space.high
+        assert inside, field_name
+        assert isinstance(space, Choices) or not space.log or space.low > 0
+        ends = space.values if isinstance(space, Choices) else (type(default)(space.low), type(default)(space.high))
+        for value in ends:
+            kind.from_settings({field_name: value})  # the method takes it
 
 
 # -- an image model ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from conceptx.geometry import ConceptMap
 from conceptx.geometry.budget import Budget, Certificate
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows
-from conceptx.settings import require_choices
+from conceptx.settings import require_choices, tunable
 
 Rows = Literal["last", "last+end", "last+rest"]
 
@@ -77,8 +77,8 @@ class Budgeted(Eraser):
     Needs cvxpy.
     """
 
-    retain_drift: float = 0.1
-    target_distance: float = 0.1
+    retain_drift: float = tunable(0.1, 0.01, 1.0, log=True)
+    target_distance: float = tunable(0.1, 0.01, 0.9, log=True)
     largest: float = 20.0
     tokens: Rows = "last+end"
     synonyms: bool = False

@@ -22,7 +22,7 @@ from conceptx.geometry import steer
 from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, adapter_in_place
 from conceptx.models.weights import Student, in_float32, weights_in_place
-from conceptx.settings import require_choices, require_positive
+from conceptx.settings import require_choices, require_positive, tunable
 from conceptx.train.loop import Plan, train
 
 Variant = Literal["x", "u", "full", "x-strict"]
@@ -99,16 +99,16 @@ class ESD(Eraser):
     """
 
     variant: Variant = "x"
-    negative_guidance: float = 1.0  # η
+    negative_guidance: float = tunable(1.0, 0.5, 8.0, log=True)  # η
     guidance: float = 3.0
     sampling_steps: int = 50
     trajectory: Trajectory = "edited"
     erase_from: str | None = None
     phrases: Phrases = "prompts"
     rank: int | None = None
-    steps: int = 1000
+    steps: int = tunable(1000, 50, 1000, log=True)
     batch_size: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float = tunable(1e-5, 1e-6, 1e-3, log=True)
 
     def __post_init__(self) -> None:
         require_choices(self)

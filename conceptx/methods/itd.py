@@ -18,7 +18,7 @@ from conceptx.edit import Edit
 from conceptx.eraser import Eraser, all_names, as_concepts, check_roles, provenance
 from conceptx.geometry import AffineDictionary, FeatureMap, SparseDictionary
 from conceptx.models import DiffusionModel
-from conceptx.settings import require_templates
+from conceptx.settings import require_templates, tunable
 
 Features = AffineDictionary | SparseDictionary
 NAMES, KEPT = ("name", "synonyms"), ("retain",)
@@ -58,8 +58,8 @@ class ItD(Eraser):
 
     dictionary: str | None = None
     site: str | None = None
-    top: int = 128  # n
-    strength: float = -8.0  # τ_s
+    top: int = tunable(128, 8, 512, log=True)  # n
+    strength: float = tunable(-8.0, -32.0, 0.0)  # τ_s
     margin: float = 0.99
     gate: bool = True
     keep_error: bool = False

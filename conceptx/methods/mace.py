@@ -26,7 +26,7 @@ from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
 from conceptx.models.attention_maps import captured, cross_attentions
 from conceptx.models.text_moments import second_moments
 from conceptx.progress import track
-from conceptx.settings import require_choices, require_not_negative, require_positive, require_templates
+from conceptx.settings import require_choices, require_not_negative, require_positive, require_templates, tunable
 from conceptx.store import load_tensors, save_tensors
 from conceptx.train.loop import Plan, train
 from conceptx.train.processes import one_process
@@ -96,8 +96,8 @@ class MACE(Eraser):
     """
 
     templates: tuple[str, ...] = ()
-    ridge: float = 100.0
-    refine_captions: float = 0.006  # λ1, of all captions
+    ridge: float = tunable(100.0, 1.0, 10_000.0, log=True)
+    refine_captions: float = tunable(0.006, 1e-4, 1.0, log=True)  # λ1, of all captions
     refine_names: float = 8e-4
     fuse_captions: float = 62.0  # λ2
     fuse_names: float = 8.0
@@ -109,8 +109,8 @@ class MACE(Eraser):
     sampling_steps: int = 30
     guidance: float = 7.5
     rank: int = 1
-    steps: int = 50
-    learning_rate: float = 1e-4
+    steps: int = tunable(50, 10, 200)
+    learning_rate: float = tunable(1e-4, 1e-5, 1e-2, log=True)
 
     def __post_init__(self) -> None:
         require_choices(self)

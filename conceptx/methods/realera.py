@@ -23,7 +23,7 @@ from conceptx.models import DiffusionModel, Prompts, evaluating
 from conceptx.models.adapters import Adapter, inserted, low_rank_deltas
 from conceptx.models.text_moments import second_moments
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows
-from conceptx.settings import require_choices, require_not_negative, require_positive
+from conceptx.settings import require_choices, require_not_negative, require_positive, tunable
 from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.processes import one_process
 
@@ -73,14 +73,14 @@ class RealEra(Eraser):
     near_distance: float | None = None  # D1
     far: int = 100
     far_cosines: Range = (0.0, 0.5)
-    far_weight: float = 1.0  # λ1
-    ridge: float = 0.5  # λ2
+    far_weight: float = tunable(1.0, 0.01, 100.0, log=True)  # λ1
+    ridge: float = tunable(0.5, 0.01, 100.0, log=True)  # λ2
     captions_weight: float = 1.0
-    steps: int = 100
-    keep_weight: float = 1.0
+    steps: int = tunable(100, 20, 500)
+    keep_weight: float = tunable(1.0, 0.1, 100.0, log=True)
     rank: int = 4
     batch_size: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float = tunable(1e-4, 1e-5, 1e-2, log=True)
     sampling_steps: int = 20
     guidance: float = 3.0
 

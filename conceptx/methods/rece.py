@@ -22,7 +22,7 @@ from conceptx.methods.uce import UCE
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import TokenRows
 from conceptx.progress import track
-from conceptx.settings import require_choices, require_positive
+from conceptx.settings import require_choices, require_positive, tunable
 
 Regulariser = Literal["zero", "standard", "surrogate_outputs", "surrogate_rows", "surrogate_both"]
 Reference = Literal["current", "original"]
@@ -69,11 +69,11 @@ class RECE(Eraser):
     retain is what UCE retains, where they give a blank prompt for every concept.
     """
 
-    rounds: int = 3
-    inversion_ridge: float = 0.1  # ρ
+    rounds: int = tunable(3, 1, 10)
+    inversion_ridge: float = tunable(0.1, 0.001, 10.0, log=True)  # ρ
     regulariser: Regulariser = "zero"
-    retain_weight: float = 0.1  # l1
-    ridge: float = 0.1  # l2
+    retain_weight: float = tunable(0.1, 0.001, 10.0, log=True)  # l1
+    ridge: float = tunable(0.1, 0.001, 10.0, log=True)  # l2
     tokens: RoundTokens = "block"
     reference: Reference = "current"
     start: UCE = field(default_factory=UCE)

@@ -21,7 +21,7 @@ from conceptx.methods.uce import UCE
 from conceptx.models import DiffusionModel
 from conceptx.models.token_rows import EMPTY, TokenRows, Tokens
 from conceptx.progress import track
-from conceptx.settings import require_choices, require_positive
+from conceptx.settings import require_choices, require_positive, tunable
 from conceptx.words import whole_words
 
 Projections = Literal["values", "keys", "both"]
@@ -73,11 +73,11 @@ class SPEED(Eraser):
 
     projections: Projections = "values"
     tokens: Tokens = "last"
-    null_threshold: float = 0.1  # τ
-    ridge: float = 1.0  # s
+    null_threshold: float = tunable(0.1, 0.001, 1.0, log=True)  # τ
+    ridge: float = tunable(1.0, 0.01, 100.0, log=True)  # s
     equality_slack: float = 0.0  # λ
     filter: bool = True
-    filter_scale: float = 1.0
+    filter_scale: float = tunable(1.0, 0.25, 4.0, log=True)
     augmentations: int = 10  # N_A
     directions: int = 1  # r
     centroids: int = 3  # k

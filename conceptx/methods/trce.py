@@ -23,7 +23,7 @@ from conceptx.models.text_moments import second_moments
 from conceptx.models.token_rows import TokenRows
 from conceptx.models.weights import Student, in_float32, weights_in_place
 from conceptx.progress import report
-from conceptx.settings import require_not_negative, require_positive, require_templates
+from conceptx.settings import require_not_negative, require_positive, require_templates, tunable
 from conceptx.train.loop import Plan, state_file, train
 from conceptx.train.processes import one_process
 from conceptx.words import whole_words
@@ -83,20 +83,20 @@ class TRCE(Eraser):
     """
 
     templates: tuple[str, ...] = TEMPLATES
-    retain_weight: float = 1e-4  # η
+    retain_weight: float = tunable(1e-4, 1e-6, 1.0, log=True)  # η
     ridge: float = 1e-6
-    steps: int = 300
+    steps: int = tunable(300, 50, 600)
     batch_size: int = 1
     keep_batch: int = 4
-    learning_rate: float = 1e-6
+    learning_rate: float = tunable(1e-6, 1e-7, 1e-3, log=True)
     sampling_steps: int = 50
     guidance: float = 3.0
     early: float = 0.5
     trajectories: int = 5
     unconditional: int = 2000
-    push: float = 15.0  # g
+    push: float = tunable(15.0, 1.0, 50.0, log=True)  # g
     margin: float = 0.01
-    keep_weight: float = 100.0
+    keep_weight: float = tunable(100.0, 1.0, 1000.0, log=True)
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "keep_batch", "sampling_steps", "trajectories", "unconditional")

@@ -20,7 +20,7 @@ from conceptx.geometry.arrays import to_working
 from conceptx.models import DiffusionModel, ImageModel
 from conceptx.models.token_rows import EMPTY, Phrase, TokenRows, Tokens
 from conceptx.progress import report
-from conceptx.settings import require_choices, require_positive, require_templates
+from conceptx.settings import require_choices, require_positive, require_templates, tunable
 
 if TYPE_CHECKING:
     from conceptx.methods.ledger import Ledger
@@ -74,9 +74,9 @@ class UCE(Eraser):
     form: Form = "replace"
     tokens: Tokens = "last+rest"
     retain_tokens: RetainTokens = "all"
-    erase_weight: float = 1.0  # α
+    erase_weight: float = tunable(1.0, 0.01, 100.0, log=True)  # α
     retain_weight: float | None = None  # β
-    ridge: float = 0.5  # λ
+    ridge: float = tunable(0.5, 0.01, 100.0, log=True)  # λ
     templates: tuple[str, ...] = ("{}",)
     synonyms: bool = False
     attributes: tuple[tuple[str, float], ...] = ()  # p, a_p

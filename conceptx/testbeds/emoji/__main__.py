@@ -30,7 +30,7 @@ def train(
 ) -> None:
     """Make everything from the drawings: under three hours on two cores. Start it again after an interruption.
 
-    Needs the build extra (pip install "conceptx[build]") and, unless --icons is given, npm.
+    Needs the package's build extra (resvg) and, unless --icons is given, npm.
     """
     from conceptx.progress import shown
     from conceptx.testbeds.emoji.drawings import rendered

@@ -29,7 +29,7 @@ def train(
 ) -> None:
     """Make everything from the drawings: under three hours on two cores. Start it again after an interruption.
 
-    Needs the build extra (pip install "conceptx[build]") and, unless --icons is given, npm. Prints what the quantiser
+    Needs the package's build extra (resvg) and, unless --icons is given, npm. Prints what the quantiser
     keeps of pictures that no training saw.
     """
     from conceptx.progress import shown
