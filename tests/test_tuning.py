@@ -178,6 +178,12 @@ def test_the_quality_of_pictures_is_what_the_definition_says() -> None:
     assert seen("style_kept", "style_acc", reject=0.51).fluency == pytest.approx(0.5)  # no names of the other kind
 
 
+def test_a_concept_that_is_never_drawn_cannot_be_removed() -> None:
+    rows = (Score("target", "Acc_e", 0.0, 40, unedited=0.0), Score("others", "Acc_s", 0.9, 40, unedited=0.95))
+    with pytest.raises(ValueError, match="needs a concept that the un-edited model draws"):
+        quality(Report(rows))
+
+
 # -- a method and a benchmark with a known optimum ---------------------------------------------------------------------
 
 

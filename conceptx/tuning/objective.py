@@ -45,17 +45,21 @@ def quality(report: Report) -> Quality:
     Raises ValueError when one of the three cannot be computed, FloatingPointError when a score is not a number.
     """
     pictures = any(score.metric == "Acc_e" for score in report.scores)
-    removed, held, fluent = _of_pictures(report) if pictures else _of_texts(report)
-    for values, needs in (
-        (removed, "target or open questions that the un-edited model answers better than by chance"),
-        (held, "near or general questions, or a perplexity"),
-        (fluent, "prompts"),
-    ):
+    parts, wanted = (_of_pictures(report), PICTURES) if pictures else (_of_texts(report), TEXTS)
+    for values, needs in zip(parts, wanted, strict=True):
         if not values:
             raise ValueError(f"The quality of an edit needs {needs}, with the scores of the un-edited model beside.")
+    removed, held, fluent = parts
     return Quality(sum(removed) / len(removed), min(held), min(fluent))
 
 
+# What removal, retention and fluency are measured on.
+TEXTS = (
+    "target or open questions that the un-edited model answers better than by chance",
+    "near or general questions, or a perplexity",
+    "prompts",
+)
+PICTURES = ("a concept that the un-edited model draws", "other names that it draws", "pictures of them")
 Parts = tuple[list[float], list[float], list[float]]  # of removal, retention and fluency
 
 
