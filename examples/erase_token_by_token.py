@@ -47,13 +47,15 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "own-tokens": {"shared": False, "threshold": 0.0},
     "no-context": {"context": "none", "threshold": 0.0},
     "as-published": {"context": "none", "shared": False, "threshold": 0.0},
+    "searched": {},  # another recipe: what `conceptx tune` found on the style
     "uce": {},
 }
+COMPARED = ("full", "searched", "uce")
 COLUMNS = (
     ("target", "Acc_e"),
     ("general", "Acc_g"),
     ("others", "Acc_s"),
-    ("others", "style_acc", "object_acc"),
+    ("others", "style_acc"),
     ("all", "H_o"),
     ("target", "reject"),
     ("others", "frechet"),
@@ -127,39 +129,51 @@ def eraser(variant: str) -> EAR | UCE:
     """The recipe for the small Janus, with the variant's settings."""
     if variant == "uce":
         return UCE()
-    recipe = read_recipe(tasks_folder() / "recipes" / "janus" / "ear.toml")
+    name = "ear_searched.toml" if variant == "searched" else "ear.toml"
+    recipe = read_recipe(tasks_folder() / "recipes" / "janus" / name)
     return EAR.from_settings({**recipe, **VARIANTS[variant]})
 
 
 # -- tables and pictures ---------------------------------------------------------------------------------------------
 
 
-def table(out: Path, names: Sequence[str]) -> list[str]:
-    """Each variant's means over concepts and seeds, with a 95 % interval from the spread of the cells."""
-    heads = [" or ".join(metrics) for _, *metrics in COLUMNS]
-    lines = ["| | cells | " + " | ".join(heads) + " | others kept | CPU s |"]
-    lines += ["|---|" + "--:|" * (len(COLUMNS) + 3)]
-    for variant in VARIANTS:
-        reports = [r for name in names for r in seeds_of(out, f"{name}-{variant}")]
-        if reports:
-            cells = [interval(values(reports, *column)) for column in COLUMNS]
-            seconds = [s for r in reports if (s := r.settings.get("seconds"))]
-            cells += [interval(kept(reports)), average(seconds)]
-            lines.append(f"| {variant} | {len(reports)} | " + " | ".join(cells) + " |")
-    every = [r for name in names for variant in VARIANTS for r in seeds_of(out, f"{name}-{variant}")]
+def over_objects(out: Path) -> list[str]:
+    """Means over the objects and the seeds, with a 95 % interval from the spread of the cells."""
+    heads = [metric for _, metric in COLUMNS]
+    lines = ["| | runs | " + " | ".join(heads) + " | others kept | CPU s |", "|---|" + "--:|" * (len(COLUMNS) + 3)]
+    for variant in COMPARED:
+        reports = [report for name in OBJECTS for report in seeds_of(out, f"{name}-{variant}")]
+        cells = [interval(values(reports, *column)) for column in COLUMNS]
+        seconds = [s for r in reports if (s := r.settings.get("seconds"))]
+        cells += [interval(kept(reports)), average(seconds)]
+        lines.append(f"| {variant} | {len(reports)} | " + " | ".join(cells) + " |")
+    every = [report for name in OBJECTS for report in seeds_of(out, f"{name}-full")]
     before = [average(values(every, *column, before=True)) for column in COLUMNS]
     return [*lines, f"| un-edited | | {' | '.join(before)} | | |"]
 
 
+def ablated(out: Path) -> list[str]:
+    """Acc_e and the share of Acc_s that is kept, with 95 % intervals over the seeds."""
+    lines = ["| | " + " | ".join(f"{name}: Acc_e | kept" for name in ABLATED) + " | CPU s |"]
+    lines += ["|---|" + "--:|" * (2 * len(ABLATED) + 1)]
+    for variant in VARIANTS:
+        found = {name: seeds_of(out, f"{name}-{variant}") for name in ABLATED}
+        cells = [interval(n) for rs in found.values() for n in (values(rs, *COLUMNS[0]), kept(rs))]
+        seconds = [s for rs in found.values() for r in rs if (s := r.settings.get("seconds"))]
+        lines.append(f"| {variant} | " + " | ".join([*cells, average(seconds)]) + " |")
+    return lines
+
+
 def by_concept(out: Path) -> list[str]:
-    """Acc_e, Acc_g and the share of Acc_s that is kept, of EAR and of UCE; the lowest share of a single run."""
-    lines = ["| | EAR | lowest | UCE |", "|---|--:|--:|--:|"]
+    """Acc_e, Acc_g and the share of Acc_s that is kept, and the lowest share of a single run."""
+    lines = ["| | " + " | ".join(COMPARED) + " |", "|---|" + "--:|" * len(COMPARED)]
     for name in CONCEPTS:
-        reports = {variant: seeds_of(out, f"{name}-{variant}") for variant in ("full", "uce")}
-        cells = [
-            ", ".join([*(average(values(rs, *c)) for c in COLUMNS[:2]), average(kept(rs))]) for rs in reports.values()
-        ]
-        lines.append(f"| {name} | {cells[0]} | {min(kept(reports['full']), default=0):.3f} | {cells[1]} |")
+        cells = []
+        for reports in (seeds_of(out, f"{name}-{variant}") for variant in COMPARED):
+            shares = kept(reports)
+            numbers = [*(average(values(reports, *column)) for column in COLUMNS[:2]), average(shares)]
+            cells.append(", ".join(numbers) + f" (lowest {min(shares, default=0):.3f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -200,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["pairs", "erase", "ablations", "tables", "sheet"])
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, help="default: all, or the three of the ablations")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: full and uce, or all")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: full, searched and uce, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("docs/results/janus"))
     parser.add_argument("--edits", type=Path, default=Path("runs/study/janus"))
@@ -214,16 +228,14 @@ def main() -> None:
         if part == "sheet":
             study.sheet("dog", Path("docs/pictures/ear-dog.png"))
         if part in ("erase", "ablations"):
-            variants = arguments.variants or (("full", "uce") if part == "erase" else VARIANTS)
+            variants = arguments.variants or (COMPARED if part == "erase" else VARIANTS)
             for seed in arguments.seeds:
                 for what in concepts:
                     for variant in variants:
                         study.cell(what, variant, seed)
     if part == "tables":
-        for names in (OBJECTS, *([name] for name in ABLATED)):
-            lines = ["", ", ".join(names), "", *table(arguments.out, names)]
-            Console(width=400).print("\n".join(lines), markup=False)
-        Console(width=400).print("\n".join(["", *by_concept(arguments.out)]), markup=False)
+        for lines in (over_objects(arguments.out), by_concept(arguments.out), ablated(arguments.out)):
+            Console(width=400).print("\n".join(["", *lines]), markup=False)
         draw_windows(arguments.out, Path("docs/pictures/ear-windows.png"))
 
 
