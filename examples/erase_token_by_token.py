@@ -4,7 +4,7 @@ python examples/erase_token_by_token.py pairs       # ECGVF: pairs of prompts th
 python examples/erase_token_by_token.py erase       # every concept by EAR and by UCE, --seeds 0 1 2
 python examples/erase_token_by_token.py ablations   # the dog, the pizza and the style
 python examples/erase_token_by_token.py tables      # print what was measured, draw the windows' curve
-python examples/erase_token_by_token.py sheet       # the dog, un-edited and edited
+python examples/erase_token_by_token.py sheet       # the dog and the style, un-edited and edited
 
 Every cell is a file in the output folder; those that are there are not measured again, so several of these can run side
 by side (`--concepts dog`, `--variants window-1`) and a stopped one goes on. Edits are kept under runs/.
@@ -226,7 +226,8 @@ def main() -> None:
             for what in concepts:
                 study.pairs(what)
         if part == "sheet":
-            study.sheet("dog", Path("docs/pictures/ear-dog.png"))
+            for what in ("dog", STYLE):
+                study.sheet(what, Path(f"docs/pictures/ear-{what}.png"))
         if part in ("erase", "ablations"):
             variants = arguments.variants or (COMPARED if part == "erase" else VARIANTS)
             for seed in arguments.seeds:
