@@ -527,7 +527,7 @@ def test_the_table_has_the_best_trials_and_the_test_half(tmp_path: Path) -> None
     assert columns["half"].count("dev") == 11  # ten, and the published defaults
     names = columns[""]
     assert names[0] == "start = chosen" and names.count("published") == 2
-    assert columns["mean"][0] == "1.000" and columns["strength"][0] == "30"
+    assert columns["mean"][0] == "1.000" and "Trial 1: strength 30" in str(table.caption)
 
 
 def test_the_front_is_what_nothing_beats() -> None:

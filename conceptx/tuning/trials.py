@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Origin = Literal["published", "start", "search"]
 SHOWN = 10  # trials in the table, beside those that have a name
-MOST_COLUMNS = 4  # of settings in a table
 
 
 @dataclass(frozen=True)
@@ -88,28 +87,23 @@ class Tuning:
         return " = ".join(filter(None, (own, "chosen" if trial is self.best else "")))
 
     def table(self) -> Table:
-        """The best trials on the dev half, then the test half; below, settings too many for columns, and failures."""
+        """The best trials on the dev half, then the test half; below, their settings, and failures."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         table = Table(title=f"{self.method}, {len(self.trials)} trials", title_justify="left", box=SIMPLE_HEAD)
-        for column in ("half", "trial", *self._columns, "removal", "retention", "fluency", "mean", "seconds"):
-            table.add_column(column, justify="left" if column == "half" else "right", overflow="fold")
+        for column in ("half", "trial", "removal", "retention", "fluency", "mean", "seconds"):
+            table.add_column(column, justify="left" if column == "half" else "right")
         table.add_column("")
         for trial in self._shown():
             table.add_row("dev", *self._row(trial, trial.quality, f"{trial.seconds:.0f}"))
         table.add_section()
         for number, report in sorted(self.tests.items()):
             table.add_row("test", *self._row(self.trials[number], quality(report), ""))
-        lines = [] if self._columns else [f"Trial {t.number}: {self._settings(t)}" for t in self._shown()]
+        lines = [f"Trial {t.number}: {self._settings(t)}" for t in self._shown()]
         lines += [f"Trial {t.number}: {t.problem}" for t in self.trials if t.problem]
         table.caption, table.caption_justify = "\n".join(lines) or None, "left"
         return table
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        """Settings that have a column: all, or none where they would not fit a terminal."""
-        return tuple(self.fields) if len(self.fields) <= MOST_COLUMNS else ()
 
     def _settings(self, trial: Trial) -> str:
         return ", ".join(f"{name} {_short(trial.settings[name])}" for name in self.fields)
@@ -121,8 +115,7 @@ class Tuning:
 
     def _row(self, trial: Trial, found: Quality, seconds: str) -> list[str]:
         numbers = [f"{value:.3f}" for value in (found.removal, found.retention, found.fluency, found.mean)]
-        settings = [_short(trial.settings[name]) for name in self._columns]
-        return [str(trial.number), *settings, *numbers, seconds, self.name(trial)]
+        return [str(trial.number), *numbers, seconds, self.name(trial)]
 
     def draw(self, path: str | Path) -> Path:
         """A picture (PNG) of the trade-off between retention and removal; returns its path.
