@@ -45,7 +45,7 @@ def values(reports: Sequence[Report], task: str, *metrics: str, before: bool = F
     return [v for s in scores if (v := s.unedited if before else s.value) is not None]
 
 
-def kept(reports: Sequence[Report]) -> list[float]:
+def kept_shares(reports: Sequence[Report]) -> list[float]:
     """Acc_s as a share of the un-edited model's, run by run."""
     pairs = zip(values(reports, "others", "Acc_s"), values(reports, "others", "Acc_s", before=True), strict=True)
     return [after / before for after, before in pairs]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import average, drawn_benchmark, edit_once, kept, once, spread, values
+from cells import average, drawn_benchmark, edit_once, kept_shares, once, spread, values
 from rich.console import Console
 
 from conceptx import Concept, Edit, Report, load
@@ -166,7 +166,7 @@ def by_object(out: Path, seeds: Sequence[int]) -> list[str]:
 
 def _cell(reports: Sequence[Report]) -> str:
     erased = [average(values(reports, *column)) for column in (("target", "Acc_e"), ("general", "Acc_g"))]
-    return ", ".join([*erased, average(kept(reports))])
+    return ", ".join([*erased, average(kept_shares(reports))])
 
 
 def sheets(study: Study, pictures: Path) -> None:

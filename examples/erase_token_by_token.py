@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import average, drawn_benchmark, edit_once, kept, once, seeds_of, values
+from cells import average, drawn_benchmark, edit_once, kept_shares, once, seeds_of, values
 from rich.console import Console
 
 from conceptx import Concept, Edit, Report, load
@@ -145,7 +145,7 @@ def over_objects(out: Path) -> list[str]:
         reports = [report for name in OBJECTS for report in seeds_of(out, f"{name}-{variant}")]
         cells = [interval(values(reports, *column)) for column in COLUMNS]
         seconds = [s for r in reports if (s := r.settings.get("seconds"))]
-        cells += [interval(kept(reports)), average(seconds)]
+        cells += [interval(kept_shares(reports)), average(seconds)]
         lines.append(f"| {variant} | {len(reports)} | " + " | ".join(cells) + " |")
     every = [report for name in OBJECTS for report in seeds_of(out, f"{name}-full")]
     before = [average(values(every, *column, before=True)) for column in COLUMNS]
@@ -158,7 +158,7 @@ def ablated(out: Path) -> list[str]:
     lines += ["|---|" + "--:|" * (2 * len(ABLATED) + 1)]
     for variant in VARIANTS:
         found = {name: seeds_of(out, f"{name}-{variant}") for name in ABLATED}
-        cells = [interval(n) for rs in found.values() for n in (values(rs, *COLUMNS[0]), kept(rs))]
+        cells = [interval(n) for rs in found.values() for n in (values(rs, *COLUMNS[0]), kept_shares(rs))]
         seconds = [s for rs in found.values() for r in rs if (s := r.settings.get("seconds"))]
         lines.append(f"| {variant} | " + " | ".join([*cells, average(seconds)]) + " |")
     return lines
@@ -170,7 +170,7 @@ def by_concept(out: Path) -> list[str]:
     for name in CONCEPTS:
         cells = []
         for reports in (seeds_of(out, f"{name}-{variant}") for variant in COMPARED):
-            shares = kept(reports)
+            shares = kept_shares(reports)
             numbers = [*(average(values(reports, *column)) for column in COLUMNS[:2]), average(shares)]
             cells.append(", ".join(numbers) + f" (lowest {min(shares, default=0):.3f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

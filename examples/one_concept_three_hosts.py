@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import drawn_benchmark, once
+from cells import average, drawn_benchmark, once, values
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +36,7 @@ SITES = {  # model -> the site that is shown
     "testbed:emoji": "text_encoder.layers.0",
     "testbed:janus": "layers.2.mlp_input",
 }
-PLACES: dict[str, tuple[tuple[VectorEraser, tuple[str, ...] | None], ...]] = {  # None: all that fold
+PLACES: dict[str, tuple[tuple[VectorEraser, tuple[str, ...] | None], ...]] = {  # None: the method's default
     "testbed:emoji": ((LEACE(), None), (RLACE(), ("text_encoder.layers.0",))),
     "testbed:janus": (
         (LEACE(), ("prompt.layers.2.mlp_input",)),
@@ -104,12 +104,12 @@ def drawn(concept: Concept, name: str, out: Path) -> Table:
     for head in ("", "sites", "Acc_e", "Acc_s", "un-edited Acc_e", "un-edited Acc_s"):
         table.add_column(head, justify="right" if "Acc" in head else "left")
     for eraser, sites in PLACES[name]:
-        what, where = type(eraser).__name__, "all" if sites is None else ", ".join(sites)
+        what, where = type(eraser).__name__, "default" if sites is None else ", ".join(sites)
         path = out / f"{concept.name}-{name.partition(':')[2]}-{what.lower()}-{where.replace('.', '_')}.json"
         report = once(path, partial(measured, concept, name, eraser, sites))
-        erased, others = report["target", "Acc_e"], report["others", "Acc_s"]
-        numbers = [erased.value, others.value, erased.unedited or 0.0, others.unedited or 0.0]
-        table.add_row(what, where, *(f"{number:.3f}" for number in numbers))
+        columns = (("target", "Acc_e"), ("others", "Acc_s"))
+        numbers = [average(values([report], *column, before=before)) for before in (False, True) for column in columns]
+        table.add_row(what, where, *numbers)
     return table
 
 
@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=list(SITES), help="default: all three, or both that draw")
     parser.add_argument("--out", type=Path, default=Path("docs/results/three-hosts"))
     parsed = parser.parse_args(arguments)
+    if parsed.part == "drawn" and (silent := set(parsed.models or ()) - set(PLACES)):
+        parser.error(f"{min(silent)} draws nothing; models that do: {', '.join(PLACES)}")
     only_ours()
     concept, console = Concept.load(parsed.concept), Console(width=120)
     with shown():

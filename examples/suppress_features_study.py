@@ -71,7 +71,8 @@ def at_random(edit: Edit, model: LanguageModel, seed: int) -> Edit:
 
 
 def drop(score: Score) -> float:
-    return (score.unedited or 0.0) - score.value
+    assert score.unedited is not None
+    return score.unedited - score.value
 
 
 def main() -> None:

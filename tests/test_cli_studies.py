@@ -78,6 +78,8 @@ def test_an_image_model_is_tuned_and_scored_on_one_half_of_the_prompt_forms(tmp_
     assert alone.scores == searched.scores
     conceptx("evaluate", "testbed:janus", *what, "--json", tmp_path / "all.json")
     assert Report.load(tmp_path / "all.json")["target", "Acc_e"].n == 4
+    with pytest.raises(ValueError, match="--half goes with --benchmark"):
+        conceptx("evaluate", "testbed:janus", "--tasks", "toy", "--half", "dev")
     with pytest.raises(ValueError, match="--half is test or dev"):
         conceptx("evaluate", "testbed:janus", *what, "--half", "all")
 

@@ -391,7 +391,7 @@ class Dim(Eraser):
 
 
 class Spots:
-    """Knows cats and dogs by the brightness of a picture."""
+    """Takes the first values of a picture for what it shows."""
 
     object_names, style_names = ("cat", "dog", "owl", "tree"), ("ink", "flat")
 

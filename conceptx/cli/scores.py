@@ -68,6 +68,8 @@ def evaluate(
     change = None if edit is None else Edit.load(edit)
     if half not in (None, "test", "dev"):
         raise ValueError(f"--half is test or dev, got {half!r}.")
+    if half is not None and benchmark is None:
+        raise ValueError("--half goes with --benchmark.")
     if (benchmark is None) != (concept is None):
         raise ValueError("--benchmark and --concept go together.")
     names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -53,7 +53,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Pictures:
-    """An image model's: every second prompt form. Its un-edited pictures are drawn once."""
+    """An image model's: every second prompt form. Its un-edited pictures are remembered from edit to edit."""
 
     model: ImageModel
     concept: Concept

@@ -5,6 +5,7 @@ import torch
 from hosts import same, state, tiny, tiny_janus, tokenizer
 
 from conceptx import Edit, load, wrap
+from conceptx.edit import Dense
 from conceptx.geometry import Subspace
 from conceptx.models import ARImageModel
 
@@ -148,6 +149,14 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model, drawn):
     assert torch.allclose(images, model.to_images(drawn), atol=1e-6)
     with pytest.raises(ValueError, match="as many seeds"):
         model.generate(TEXTS, seeds=[1])
+
+
+def test_predictions_that_are_not_finite_are_an_error():
+    model = tiny_janus()
+    name = "model.generation_head.vision_head.weight"
+    broken = Edit(model.fingerprint, deltas={name: Dense(torch.full(model.parameter_shape(name), 3e38))})
+    with broken.applied(model), pytest.raises(FloatingPointError, match="predictions of the model are not finite"):
+        model.generate(["gold"], seeds=[0])
 
 
 def test_record_gives_the_texts_own_tokens(model):

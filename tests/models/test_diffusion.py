@@ -262,6 +262,14 @@ def test_a_name_is_found_inside_a_prompt(kind):
             model.subject_end(prompt, absent)
 
 
+def test_pictures_that_are_not_finite_are_an_error():
+    model = tiny_pipeline("sd1")
+    name = "unet.conv_out.weight"
+    broken = Edit(model.fingerprint, deltas={name: Dense(torch.full(model.parameter_shape(name), 3e38))})
+    with broken.applied(model), pytest.raises(FloatingPointError, match="predictions of the model are not finite"):
+        model.generate(["gold"], seeds=[0], steps=2)
+
+
 @every
 def test_a_prompt_that_would_be_cut_is_an_error(kind):
     model = tiny_pipeline(kind)
